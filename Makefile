@@ -1,0 +1,41 @@
+# The two commands of the README. TORCH is the CPU build that both use; the package itself does not pin it.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+
+.PHONY: demo test test-low check clean
+
+$(VENV)/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@
+
+# The lowest versions that pyproject.toml admits, in an environment of their own.
+$(VENV)-low/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)-low
+	$(VENV)-low/bin/pip install --quiet --upgrade pip
+	$(VENV)-low/bin/pip install --quiet $(TORCH)
+	$(VENV)-low/bin/pip install --quiet -e '.[dev]' 'transformers==4.57.*' 'huggingface_hub<1' 'peft==0.17.*'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/fvg-adapter train examples/pocket/data --model examples/pocket/model --tuner coop \
+	    --shots 16 --seeds 1,2,3 --views 4 --tune-lr 0.05 --tune-epochs 20 --output output/demo
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check fvg_adapter tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-low: $(VENV)-low/.installed
+	$(VENV)-low/bin/python -m pytest
+
+clean:
+	rm -rf $(VENV) $(VENV)-low output build dist

@@ -1,0 +1,202 @@
+"""Stage 4: the nine few-shot tasks, composed on demand from the committed glyphs, with true masks and a background shortcut.
+
+    python -m examples.pocket.tasks mammals OUT
+
+In the training pictures each class stands, nine times in ten, on one of three backgrounds of its own (two of its first home
+family, one of its second). `test` has random backgrounds; `test_swapped` puts every object on a training background of
+another class of the same half (base or new). `test_home` has training backgrounds again; it is composed for the
+preconditions and not written. A quarter of the training masks is a random box (`spoiled.json`); test masks are true.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from . import backgrounds, compose, concepts, glyphs
+
+PER_CLASS = {"train": 24, "test": 20, "test_swapped": 20, "test_home": 20}
+WRITTEN = ("train", "test", "test_swapped")
+OWN_SHARE = 0.9  # training pictures on one of their class's own backgrounds
+OWN_FIRST = 1000  # variant numbers of the classes' own backgrounds
+RANDOM_FIRST, RANDOM_COUNT = 2000, 12  # variant numbers of random backgrounds, for each family
+SPOILED_SHARE = 0.25
+COMMITTED = "fruit_vegetables"  # the task whose pictures lie in data/
+HASHES = concepts.HERE / "tasks.json"
+
+
+@dataclass
+class Split:
+    """Pictures of one split, class by class."""
+
+    pictures: NDArray[np.uint8]  # (N, 64, 64, 3)
+    masks: NDArray[np.bool_]  # (N, 64, 64)
+    labels: NDArray[np.int64]  # (N,) position in the task's class list
+    families: NDArray[np.int64]  # (N,) background family
+    spoiled: NDArray[np.bool_]  # (N,) the mask is a random box
+
+
+def members(task: str) -> list[int]:
+    """Rows of `concepts.json` that are the task's classes, in label order."""
+    if task not in concepts.TASKS:
+        raise ValueError(f"no task named {task!r}; there are {', '.join(concepts.TASKS)}")
+    return [i for i, c in enumerate(concepts.load()) if c.task == task]
+
+
+def class_names(task: str) -> list[str]:
+    """The task's class names in label order: base = the first ceil(half), new = the rest."""
+    everyone = concepts.load()
+    return [everyone[i].name for i in members(task)]
+
+
+@cache
+def _levels() -> list[compose.Floats]:
+    return compose.pyramid(glyphs.read_atlas(len(concepts.load())))
+
+
+@cache
+def _random_bank() -> compose.Bytes:
+    return backgrounds.bank(RANDOM_FIRST, RANDOM_COUNT).reshape(-1, backgrounds.SIZE, backgrounds.SIZE, 3)
+
+
+def _own_families(task: str) -> NDArray[np.int64]:
+    """(classes, 3) family numbers of each class's own backgrounds."""
+    everyone = concepts.load()
+    homes = [[backgrounds.NAMES.index(h) for h in everyone[i].homes] for i in members(task)]
+    return np.array([[a, a, b] for a, b in homes])
+
+
+def _other_class(rng: np.random.Generator, families: NDArray[np.int64], label: int) -> int:
+    """Another class of the same half, with no background family in common where there is one."""
+    half = -(-len(families) // 2)
+    same = [c for c in range(len(families)) if (c < half) == (label < half) and c != label]
+    apart = [c for c in same if not set(families[c]) & set(families[label])]
+    pool = apart or same
+    return pool[int(rng.integers(len(pool)))]
+
+
+def _places(rng: np.random.Generator, split: str, labels: NDArray[np.int64], own: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(N,) background rows: the first 3·classes rows are the classes' own, the random ones follow."""
+    randoms = own.size + rng.integers(0, len(backgrounds.NAMES) * RANDOM_COUNT, len(labels))
+    if split == "test":
+        return randoms
+    owners = np.array([_other_class(rng, own, int(c)) for c in labels]) if split == "test_swapped" else labels
+    mine = owners * 3 + rng.integers(0, 3, len(labels))
+    share = 1.0 if split == "test_swapped" else OWN_SHARE
+    return np.where(rng.random(len(labels)) < share, mine, randoms)
+
+
+def spoil(rng: np.random.Generator, masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Replace a quarter of the masks, in place, by random boxes; returns which."""
+    spoiled = rng.random(len(masks)) < SPOILED_SHARE
+    for i in np.flatnonzero(spoiled):
+        height, width = (int(v) for v in rng.integers(12, 41, 2))
+        top, left = int(rng.integers(0, 65 - height)), int(rng.integers(0, 65 - width))
+        masks[i] = False
+        masks[i, top : top + height, left : left + width] = True
+    return spoiled
+
+
+def compose_split(task: str, split: str) -> Split:
+    """Compose one split: the same bytes on every machine.
+
+    Args:
+        task: one of `concepts.TASKS`.
+        split: `train`, `test`, `test_swapped` or `test_home`.
+
+    Raises:
+        ValueError: an unknown task or split.
+    """
+    if split not in PER_CLASS:
+        raise ValueError(f"no split named {split!r}; there are {', '.join(PER_CLASS)}")
+    rows, own = np.array(members(task)), _own_families(task)
+    rng = np.random.Generator(np.random.PCG64([concepts.SEED, 4, list(concepts.TASKS).index(task), list(PER_CLASS).index(split)]))
+    labels = np.repeat(np.arange(len(rows)), PER_CLASS[split])
+    mine = np.stack([backgrounds.variant(int(f), OWN_FIRST + i) for i, f in enumerate(own.ravel())])
+    bank = np.concatenate([mine, _random_bank()])
+    places = _places(rng, split, labels, own)
+    extras = np.array([i for i, c in enumerate(concepts.load()) if not c.task])
+    pictures, masks = compose.render(compose.draw(rng, rows[labels], extras, places), _levels(), bank)
+    spoiled = spoil(rng, masks) if split == "train" else np.zeros(len(labels), np.bool_)
+    families = np.concatenate([own.ravel(), np.repeat(np.arange(len(backgrounds.NAMES)), RANDOM_COUNT)])[places]
+    return Split(pictures, masks, labels, families, spoiled)
+
+
+def digest(task: str) -> str:
+    """SHA-256 of all pixels and masks of the task's four splits."""
+    state = hashlib.sha256()
+    for split in PER_CLASS:
+        done = compose_split(task, split)
+        state.update(done.pictures.tobytes())
+        state.update(done.masks.tobytes())
+    return state.hexdigest()
+
+
+def write_task(name: str, out: Path | str, quality: int | None = None) -> Path:
+    """Compose a task into an image folder with mirrored masks.
+
+    `out/{train,test,test_swapped}/<class>/<n>.webp`, masks at `out/mask/<same path>` (lossless, white foreground),
+    `out/classes.txt` in label order, `out/spoiled.json` with the training pictures whose mask is a random box.
+
+    Args:
+        name: the task.
+        out: the folder to write.
+        quality: WebP quality of the pictures; None (the default) writes them lossless.
+    """
+    out, names = Path(out), class_names(name)
+    spoiled: list[str] = []
+    for split in WRITTEN:
+        done = compose_split(name, split)
+        for i, label in enumerate(done.labels):
+            file = f"{split}/{names[label].replace(' ', '_')}/{i % PER_CLASS[split]:02d}.webp"
+            for path in (out / file, out / "mask" / file):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(done.pictures[i])
+            if quality is None:
+                picture.save(out / file, lossless=True, quality=50, method=2)
+            else:
+                picture.save(out / file, quality=quality, method=4)
+            mask = np.repeat(done.masks[i, :, :, None], 3, axis=2) * np.uint8(255)
+            Image.fromarray(mask).save(out / "mask" / file, lossless=True, quality=75, method=4)
+            if done.spoiled[i]:
+                spoiled.append(file)
+    (out / "classes.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    (out / "spoiled.json").write_text(json.dumps(spoiled, indent=0) + "\n", encoding="utf-8")
+    return out
+
+
+def check() -> dict[str, bool]:
+    """Compose every task and compare its pixels with the committed hashes."""
+    known = json.loads(HASHES.read_text(encoding="utf-8"))
+    return {task: digest(task) == known[task]["sha256"] for task in concepts.TASKS}
+
+
+def freeze() -> None:
+    """Write the hashes that `check` compares with. Only when the generator changes on purpose."""
+    rows = {task: {"classes": len(members(task)), "sha256": digest(task)} for task in concepts.TASKS}
+    HASHES.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """`python -m examples.pocket.tasks NAME OUT [--quality 90]`."""
+    parser = argparse.ArgumentParser(description="Compose a pocket task into an image folder.")
+    parser.add_argument("name", choices=[*concepts.TASKS])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--quality", type=int, default=None, help="WebP quality of the pictures (default: lossless)")
+    arguments = parser.parse_args()
+    known = json.loads(HASHES.read_text(encoding="utf-8"))[arguments.name]["sha256"]
+    if digest(arguments.name) != known:
+        raise SystemExit(f"{arguments.name}: the composed pixels are not the recorded ones ({HASHES.name}); numbers will differ")
+    print(write_task(arguments.name, arguments.out, arguments.quality))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""evaluate: base, new, HM and joint accuracy, D_fg with the entropy beside it, attention inside the mask, calibration.
+
+METHOD.md sections 6, 8 and 11. Images are encoded once; every figure is worked out from the features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fvg_adapter import losses as L
+from fvg_adapter.errors import FVGError
+from fvg_adapter.features import FeatureBank
+from fvg_adapter.model import FVGModel
+from fvg_adapter.tuners.base import Tuner
+
+ECE_BINS = 15
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """HM = 2 · base · new / (base + new), 0 where both are 0.
+
+    >>> harmonic_mean(50.0, 100.0)
+    66.66666666666667
+    """
+    return 2 * base * new / (base + new) if base + new > 0 else 0.0
+
+
+@torch.no_grad()
+def evaluate(model: FVGModel | Tuner, base_set: Any, new_set: Any, *, batch_size: int = 64) -> dict[str, float]:
+    """Scores a model on tuned and unseen classes; restores class list and mode as found.
+
+    Args:
+        model: an FVGModel or a tuner (ZeroShot for plain CLIP).
+        base_set, new_set: data sets with `classes`, whose labels index their own classes; or FeatureBanks of them.
+            Items may carry "foreground_mask"; the foreground figures are over images with a usable one.
+        batch_size: images encoded at once.
+
+    Returns:
+        base, new: accuracy in percent, each among its own classes. hm: their harmonic mean.
+        joint_base, joint_new, joint_hm: accuracy in percent among base and new classes together.
+        d_fg: mean KL(p_full ‖ p_fg) in nats at τ = 1 with true masks; entropy: mean H(p_full) in nats, same images
+            (a flatter softmax lowers d_fg for nothing). NaN without masks.
+        attention_in_mask: mean share of the last layer's attention inside the mask, in [0, 1]. NaN without masks.
+        ece: expected calibration error in percent, 15 bins, over base and new predictions (torchmetrics).
+
+    Raises:
+        FVGError: a set without class names, or base and new sets that share classes.
+    """
+    names = [_classes_of(base_set, "base_set"), _classes_of(new_set, "new_set")]
+    shared = sorted(set(names[0]) & set(names[1]))
+    if shared:
+        raise FVGError(f"base_set and new_set share the classes {shared[:5]}; split them with base_new_split.")
+    with _as_found(model):
+        banks = [_bank(model, data, batch_size) for data in (base_set, new_set)]
+        own = [_scored(model, bank, classes) for bank, classes in zip(banks, names, strict=True)]
+        everything = [*names[0], *names[1]]
+        offsets = (0, len(names[0]))
+        joint = [
+            _accuracy(_logits(model, bank, everything), [label + offset for label in bank.labels])
+            for bank, offset in zip(banks, offsets, strict=True)
+        ]
+    base, new = (s["accuracy"] for s in own)
+    return {
+        "base": base,
+        "new": new,
+        "hm": harmonic_mean(base, new),
+        "joint_base": joint[0],
+        "joint_new": joint[1],
+        "joint_hm": harmonic_mean(joint[0], joint[1]),
+        "d_fg": _mean([s["d_fg"] for s in own]),
+        "entropy": _mean([s["entropy"] for s in own]),
+        "attention_in_mask": _mean([s["attention"] for s in own]),
+        "ece": sum(s["ece"] * len(b) for s, b in zip(own, banks, strict=True)) / sum(map(len, banks)),
+    }
+
+
+def _scored(model: FVGModel | Tuner, bank: FeatureBank, classes: Sequence[str]) -> dict[str, Any]:
+    """Figures of one set among its own classes; foreground figures per usable image."""
+    logits = _logits(model, bank, classes)
+    empty = torch.empty(0)
+    result: dict[str, Any] = {
+        "accuracy": _accuracy(logits, bank.labels),
+        "ece": _calibration_error(logits.softmax(-1), torch.tensor(bank.labels)),
+        "d_fg": empty,
+        "entropy": empty,
+        "attention": empty,
+    }
+    if "foreground" in bank.features:
+        usable = bank.features["usable"][:, 0].bool()
+        view = FeatureBank(_foreground_view(bank), bank.labels, bank.classes)
+        full = L.log_probs(logits)
+        result["d_fg"] = L.kl_divergence(full, L.log_probs(_logits(model, view, classes)))[usable]
+        result["entropy"] = L.entropy(full)[usable]
+        if "attention_in_mask" in bank.features:
+            result["attention"] = bank.features["attention_in_mask"][:, 0][usable]
+    return result
+
+
+def _foreground_view(bank: FeatureBank) -> dict[str, Tensor]:
+    """The foreground view's features in the places of the whole image's."""
+    names = {"image": "foreground", "image_new": "foreground_new", "prior": "foreground_prior"}
+    return {to: bank.features[source] for to, source in names.items() if source in bank.features}
+
+
+def _logits(model: FVGModel | Tuner, bank: FeatureBank, classes: Sequence[str]) -> Tensor:
+    """(N, C) logits of a bank over a class list."""
+    tuner = model.tuner if isinstance(model, FVGModel) else model
+    device = tuner.encoder.device
+    rows = []
+    with model.use_classes(classes):
+        for features, _ in bank.batches():
+            moved = {k: v.to(device) for k, v in features.items()}
+            rows.append(_batch_logits(model, moved).float().cpu())
+    return torch.cat(rows)
+
+
+def _batch_logits(model: FVGModel | Tuner, features: dict[str, Tensor]) -> Tensor:
+    if isinstance(model, FVGModel):
+        keep = {k: v for k, v in features.items() if k in ("image", "image_new", "prior")}
+        logits: Tensor = model(features=keep).logits
+        return logits
+    return model.scores(_tuner_features(model, features), model.text_features())
+
+
+def _tuner_features(tuner: Tuner, features: dict[str, Tensor]) -> Tensor:
+    """A tuner whose branches differ (MMRL) scores classes it was not tuned on with its "new" features."""
+    seen = set(tuner.classes) <= set(tuner.base_classes)
+    return features["image"] if seen else features.get("image_new", features["image"])
+
+
+def _bank(model: FVGModel | Tuner, data: Any, batch_size: int) -> FeatureBank:
+    if isinstance(data, FeatureBank):
+        data.check(model)
+        return data
+    return FeatureBank.encode(model, data, batch_size=batch_size, measure=True)
+
+
+@contextlib.contextmanager
+def _as_found(model: FVGModel | Tuner) -> Iterator[None]:
+    classes, mode = model.classes, model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.set_classes(classes)
+        model.train(mode)
+
+
+def _classes_of(data: Any, what: str) -> list[str]:
+    classes = getattr(data, "classes", None)
+    if not classes:
+        raise FVGError(f"{what} has no class names; give it a `classes` attribute, a list in the order of its labels.")
+    return list(classes)
+
+
+def _accuracy(logits: Tensor, labels: Sequence[int]) -> float:
+    return 100.0 * float((logits.argmax(-1) == torch.tensor(labels)).float().mean())
+
+
+def _mean(parts: list[Tensor]) -> float:
+    values = torch.cat(parts)
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _calibration_error(probabilities: Tensor, labels: Tensor) -> float:
+    try:
+        from torchmetrics.functional.classification import multiclass_calibration_error
+    except ImportError as error:
+        raise FVGError("evaluate needs torchmetrics: pip install 'fvg-adapter[train]'.") from error
+    n = probabilities.shape[-1]
+    if n < 2:
+        return 0.0
+    return 100.0 * float(multiclass_calibration_error(probabilities, labels, num_classes=n, n_bins=ECE_BINS, norm="l1"))

@@ -1,0 +1,452 @@
+"""FVGModel: the heads of FVG-PT around a frozen tuner; what a training loop calls (METHOD.md sections 2 to 6 and 11).
+
+Imports tuners, heads, losses, config, attention and foreground. `wrapping.wrap` makes one from what the user has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fvg_adapter import losses as L
+from fvg_adapter.attention import AttentionProbe
+from fvg_adapter.config import FVGConfig
+from fvg_adapter.errors import FVGError, nearest
+from fvg_adapter.foreground import ForegroundSource, resolve_source
+from fvg_adapter.heads import BottleneckAdapter, ReliabilityGate
+from fvg_adapter.modes import Found, keep_full_precision
+from fvg_adapter.outputs import FVGOutput, Prediction, Status
+from fvg_adapter.storage import HEADS_FILE, Pretrained, load_own
+from fvg_adapter.tuners.base import Tuner, check_labels
+from fvg_adapter.tuners.zero_shot import ZeroShot
+from fvg_adapter.views import ViewEncoder, Views
+
+BRANCHES = ("auto", "base", "new", "joint")
+HEADS = ("visual_adapter", "text_adapter", "foreground_gate", "backbone_gate")
+
+
+class FVGModel(nn.Module, Pretrained):
+    """FVG-PT behind a tuner. Make one with `fvg_adapter.wrap`; train `trainable_parameters()` on `model(**batch).loss`.
+
+    Args:
+        tuner: gives tuned and plain features; frozen here unless `config.freeze_tuner` is False.
+        config: hyperparameters.
+        foreground: "attention", "given" (masks must come with the batch), "whole" (the control x_fg = x), or a callable
+            from pixels (B, 3, H, W) to masks (B, H, W).
+        base_classes: the class names tuned on; the tuner's when None.
+    """
+
+    def __init__(
+        self,
+        tuner: Tuner,
+        config: FVGConfig | None = None,
+        *,
+        foreground: str | ForegroundSource = "attention",
+        base_classes: Sequence[str] | None = None,
+    ) -> None:
+        config = config or FVGConfig()
+        config.validate()
+        source = resolve_source(foreground)
+        super().__init__()
+        self.tuner = tuner
+        self.config = config
+        self.foreground = foreground
+        self._source = source
+        self.base_classes = tuple(base_classes or tuner.base_classes)
+        self.wraps_clip = False
+        dim, device = tuner.encoder.feature_dim, tuner.encoder.device
+        self.visual_adapter = BottleneckAdapter(dim, config.bottleneck, config.init_std)
+        self.text_adapter = BottleneckAdapter(dim, config.bottleneck, config.init_std)
+        self.foreground_gate = ReliabilityGate(config.gate_hidden)
+        self.backbone_gate = ReliabilityGate(config.gate_hidden)
+        for head in self._heads():
+            head.to(device)
+        self._tuner_found = Found.of(tuner)
+        # Everything that can fail has come before the user's model is touched.
+        self._probe = AttentionProbe(tuner.encoder, layers=config.attention_layers, first_patch=tuner.first_patch)
+        if config.freeze_tuner:
+            tuner.requires_grad_(False).eval()
+
+    # -- class lists and branches ----------------------------------------------------------------------------------
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names that columns of the logits stand for now."""
+        return self.tuner.classes
+
+    def set_classes(self, classes: Sequence[str]) -> None:
+        """Scores these classes from now on; `base_classes` stay what was tuned on."""
+        self.tuner.set_classes(classes)
+
+    @contextlib.contextmanager
+    def use_classes(self, classes: Sequence[str]) -> Iterator[FVGModel]:
+        """Scores these classes inside the block, and the former ones again behind it."""
+        with self.tuner.use_classes(classes):
+            yield self
+
+    def branch_for(self, branch: str = "auto") -> str:
+        """What a branch stands for now: "auto" is base if every class was tuned on, new if none, else joint."""
+        if branch not in BRANCHES:
+            raise FVGError(f"branch {branch!r} is unknown. {nearest(branch, BRANCHES)}")
+        if branch != "auto":
+            return branch
+        seen = self._is_base()
+        return "base" if all(seen) else "joint" if any(seen) else "new"
+
+    def _is_base(self) -> list[bool]:
+        known = set(self.base_classes)
+        return [name in known for name in self.classes]
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        foreground_mask: Tensor | None = None,
+        features: Mapping[str, Tensor] | None = None,
+        *,
+        branch: str = "auto",
+        return_attention: bool = False,
+    ) -> FVGOutput:
+        """Training: L of both branches. Evaluation: the branch asked for alone; no mask is needed.
+
+        Args:
+            pixel_values: (B, 3, H, W) images normalised for the model.
+            labels: (B,) int64 indices into `classes`.
+            foreground_mask: B×H×W or B×1×H×W, bool, float in [0, 1] or uint8, any resolution; without one the
+                `foreground` source supplies it in training. An image whose mask is all zero trains with r = 0.
+            features: a FeatureBank batch instead of pixels.
+            branch: "auto", "base" (z_FDC), "new" (z_PC) or "joint" (section 11).
+            return_attention: fill `foreground_attention`.
+
+        Raises:
+            FVGError: neither or both inputs, labels out of range, a mask that does not fit, an unknown branch,
+                training on classes that are not the base classes.
+        """
+        branch = self.branch_for(branch)
+        learning = self.training and labels is not None
+        if (pixel_values is None) == (features is None):
+            raise FVGError(f"give pixel_values or features; {'neither' if features is None else 'both'} was given.")
+        if labels is not None:
+            given = pixel_values if pixel_values is not None else features["image"]  # type: ignore[index]
+            check_labels(labels, len(self.classes), len(given))
+            if learning and not all(self._is_base()):
+                raise FVGError(
+                    "training needs the classes that the model was wrapped for, but the current class list holds "
+                    "others "
+                    f"({[c for c, seen in zip(self.classes, self._is_base(), strict=True) if not seen][:3]}…); train "
+                    "outside use_classes, or wrap with these classes."
+                )
+        frozen = self.config.freeze_tuner or not learning
+        with torch.no_grad() if frozen else contextlib.nullcontext():
+            views = self._views(pixel_values, foreground_mask, features, learning, branch != "base", return_attention)
+        device_type = views.base.device.type
+        with torch.autocast(device_type, enabled=False):  # heads and losses stay in full precision (DESIGN decision 5)
+            return self._train(views, labels, branch) if learning else self._score(views, labels, branch)  # type: ignore[arg-type]
+
+    def _score(self, views: Views, labels: Tensor | None, branch: str) -> FVGOutput:
+        output = FVGOutput(foreground_attention=views.attention)
+        text = self._cast(self.tuner.text_features())
+        if branch != "new":
+            output.logits_base = self._fdc_logits(views.base, text)
+        if branch != "base":
+            z_prior = self._prior_logits(views)
+            _, output.prior_trust, output.logits_new = self._calibrate(views.new, text, z_prior)
+        if branch == "joint":
+            is_base = torch.tensor(self._is_base(), device=text.device)
+            output.logits = L.joint_log_probs(z_prior, output.logits_base, output.logits_new, is_base)  # type: ignore[arg-type]
+        else:
+            output.logits = output.logits_base if branch == "base" else output.logits_new
+        if views.foreground is not None:
+            z_full = self._logits(views.base, text)
+            z_fg = self._logits(views.foreground, text)
+            output.foreground_trust = self._trust(z_full, z_fg, views)[0]
+        if labels is not None:
+            output.loss = F.cross_entropy(output.logits, labels)  # type: ignore[arg-type]
+        return output
+
+    def _train(self, views: Views, labels: Tensor, branch: str) -> FVGOutput:
+        config = self.config
+        with torch.no_grad() if config.freeze_tuner else contextlib.nullcontext():
+            text = self._cast(self.tuner.text_features())  # (C, D)
+        assert views.foreground is not None and views.usable is not None
+        with torch.no_grad() if config.freeze_tuner else contextlib.nullcontext():
+            z_full = self._logits(views.base, text)
+            z_fg = self._logits(views.foreground, text)
+        z_prior = self._prior_logits(views)
+
+        trust, gate_logits = self._trust(z_full, z_fg, views)
+        target = L.reliability_target(z_fg, z_full, labels, config.reliability_margin)
+        z_fdc = self._fdc_logits(views.base, text)
+        reached = trust if config.gate_learns_from_distillation else trust.detach()
+        tempered = {"temperature": config.temperature, "squared_temperature": config.squared_temperature}
+        _, prior_trust, z_pc = self._calibrate(views.new, text, z_prior)
+        terms = {
+            "base_ce": F.cross_entropy(z_fdc, labels),
+            "frg": L.gate_loss(gate_logits, target, views.usable),
+            "distill": L.distillation_loss(reached, z_fg, z_full, z_fdc, **tempered),  # type: ignore[arg-type]
+            "new_ce": F.cross_entropy(z_pc, labels),
+            "new_kl": L.prior_divergence(z_prior, z_pc, **tempered),  # type: ignore[arg-type]
+        }
+        loss = (
+            terms["base_ce"]
+            + config.lambda_gate * terms["frg"]
+            + config.lambda_distill * terms["distill"]
+            + config.lambda_new * (terms["new_ce"] + config.lambda_new_kl * terms["new_kl"])
+        )
+        logits = {"base": z_fdc, "new": z_pc}.get(branch)
+        return FVGOutput(
+            loss=loss,
+            logits=z_fdc if logits is None else logits,
+            logits_base=z_fdc,
+            logits_new=z_pc,
+            foreground_trust=trust.detach(),
+            prior_trust=prior_trust.detach(),
+            losses={k: v.detach() for k, v in terms.items()},
+            foreground_attention=views.attention,
+        )
+
+    # -- logits ----------------------------------------------------------------------------------------------------
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.visual_adapter.down.weight.dtype)
+
+    def _logits(self, image: Tensor, text: Tensor) -> Tensor:
+        return self.tuner.scores(self._cast(image), text)
+
+    def _fdc_logits(self, image: Tensor, text: Tensor) -> Tensor:
+        """z_FDC (B, C)."""
+        return self.tuner.scores(self.visual_adapter(self._cast(image)), self.text_adapter(text))
+
+    def _prior_logits(self, views: Views) -> Tensor:
+        """z_CLIP (B, C)."""
+        assert views.prior is not None
+        with torch.no_grad():
+            return self._logits(views.prior, self._cast(self.tuner.prior_text_features()))
+
+    def _calibrate(self, image: Tensor, text: Tensor, z_prior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z_full of the new branch (B, C), b (B,) and z_PC (B, C)."""
+        z_full = self._logits(image, text)
+        if self.config.freeze_tuner:
+            z_full = z_full.detach()
+        cues = L.prior_cues(z_full, z_prior, self.config.temperature)
+        prior_trust = torch.sigmoid(self.backbone_gate(cues))
+        return z_full, prior_trust, L.calibrated_logits(z_full, z_prior, prior_trust)
+
+    def _trust(self, z_full: Tensor, z_fg: Tensor, views: Views) -> tuple[Tensor, Tensor]:
+        """r (B,), 0 where the mask is unusable, and the gate's logits (B,)."""
+        assert views.area is not None and views.usable is not None
+        cues = L.foreground_cues(z_full, z_fg, views.area, self.config.temperature)
+        gate_logits = self.foreground_gate(cues.detach())
+        trust = torch.sigmoid(gate_logits)
+        if self.config.trust != "gate":
+            trust = torch.full_like(trust, 1.0 if self.config.trust == "one" else 0.5)
+        return trust * views.usable.to(trust), gate_logits
+
+    # -- views -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def views(
+        self,
+        pixel_values: Tensor,
+        foreground_mask: Tensor | None = None,
+        *,
+        masks: Literal["training", "given"] = "training",
+        measure: bool = False,
+    ) -> Views:
+        """The features that the heads start from, without gradient: what a FeatureBank stores.
+
+        Args:
+            pixel_values: (B, 3, H, W). foreground_mask: as in `forward`.
+            masks: "training" = as in training, where the foreground source supplies missing ones or replaces the view;
+                "given" = only what is given here, for measuring.
+            measure: also attention maps and plain CLIP's features of the foreground view.
+        """
+        source = self.foreground if masks == "training" else None
+        return self._encoder().encode(
+            pixel_values,
+            foreground_mask,
+            source,
+            foreground=True,
+            prior=True,
+            attention=measure,
+            foreground_prior=measure,
+        )
+
+    def _views(
+        self,
+        pixels: Tensor | None,
+        mask: Tensor | None,
+        features: Mapping[str, Tensor] | None,
+        learning: bool,
+        prior: bool,
+        attention: bool,
+    ) -> Views:
+        source = self.foreground if learning else None
+        if features is not None:
+            return self._encoder().stored(features, source, foreground=learning)
+        assert pixels is not None
+        return self._encoder().encode(
+            pixels, mask, source, foreground=learning or mask is not None, prior=learning or prior, attention=attention
+        )
+
+    def _encoder(self) -> ViewEncoder:
+        return ViewEncoder(self.tuner, self.config, self._probe)
+
+    # -- use -------------------------------------------------------------------------------------------------------
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters an optimiser should get: the heads', 132,546 for ViT-B/16."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def predict(self, images: Any, classes: Sequence[str] | None = None, top_k: int = 5) -> Any:
+        """The most probable classes of pictures, best first.
+
+        Args:
+            images: a picture (PIL), a list of them, or normalised pixels (B, 3, H, W).
+            classes: class names to score; the current ones when None.
+            top_k: how many; all when there are fewer.
+
+        Returns:
+            A list of `Prediction(name, probability)` for one picture, a list of such lists for several.
+        """
+        from fvg_adapter.data.transforms import PairedTransform
+
+        single = not isinstance(images, (list, tuple, Tensor))
+        if isinstance(images, Tensor):
+            pixels = images if images.dim() == 4 else images.unsqueeze(0)
+            single = images.dim() == 3
+        else:
+            size = self.tuner.encoder.image_size
+            transform = PairedTransform(size, self.config.image_mean, self.config.image_std, train=False)
+            pictures = [images] if single else list(images)
+            if not pictures:
+                return []
+            pixels = torch.stack([transform(picture.convert("RGB"))["pixel_values"] for picture in pictures])
+        mode = self.training
+        self.eval()
+        try:
+            with self.use_classes(classes) if classes is not None else contextlib.nullcontext():
+                logits = self(pixels.to(self.tuner.encoder.device)).logits
+                names = self.classes
+        finally:
+            self.train(mode)
+        best = logits.softmax(-1).topk(min(top_k, len(names)), dim=-1)
+        rows = [
+            [Prediction(names[i], p) for p, i in zip(values, indices, strict=True)]
+            for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        return rows[0] if single else rows
+
+    def status(self) -> Status:
+        """What is attached, what learns, what is frozen."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return Status(
+            tuner=self.tuner.kind,
+            foreground=self._source,
+            branch=self.branch_for("auto"),
+            trainable=sum(n for n, learns in counts if learns),
+            frozen=sum(n for n, learns in counts if not learns),
+            heads=sum(p.numel() for head in self._heads() for p in head.parameters()),
+            hooks=self._probe.hook_count + self.tuner.hook_count,
+            base_classes=len(self.base_classes),
+            classes=len(self.classes),
+        )
+
+    def _heads(self) -> list[nn.Module]:
+        return [getattr(self, name) for name in HEADS]
+
+    def attention_target(self) -> tuple[nn.Module, Callable[[int], int]]:
+        """For `record_attention`: what the tuner says."""
+        return self.tuner.attention_target()
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    def release(self) -> Tuner:
+        """Takes the hooks off and gives the tuner back as it was found; see `fvg_adapter.unwrap`."""
+        self._probe.detach()
+        self._tuner_found.restore(self.tuner)
+        return self.tuner
+
+    def train(self, mode: bool = True) -> FVGModel:
+        """Sets the mode of the heads; a frozen tuner is never reached (no dropout in frozen features)."""
+        self.training = mode
+        for head in self._heads():
+            head.train(mode)
+        if not self.config.freeze_tuner:
+            self.tuner.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FVGModel:
+        """`.half()` and `.to(bfloat16)` reach the CLIP only; the heads stay in full precision."""
+        self.tuner._apply(fn)
+        for head in self._heads():
+            head._apply(keep_full_precision(fn))
+        return self
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Every tensor, the CLIP's included; `state_dict()` holds only the heads and the tuner's own."""
+        return {**self.state_dict(), **{f"tuner.{k}": v for k, v in self.tuner.full_state_dict().items()}}
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def pretrained_config(self) -> dict[str, Any]:
+        """config.json: the tuner's part and the heads'."""
+        source = self._source if self._source != "callable" else "given"
+        return {
+            **self.tuner.pretrained_config(),
+            "kind": "fvg",
+            "base_classes": list(self.base_classes),
+            "fvg": self.config.to_dict(),
+            "foreground": source,
+        }
+
+    def pretrained_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The heads, and the tuner's own tensors."""
+        return {HEADS_FILE: self._head_tensors(), **self.tuner.pretrained_tensors()}
+
+    def save_beside(self, folder: Path) -> None:
+        """What the tuner keeps in files of its own."""
+        self.tuner.save_beside(folder)
+
+    def _head_tensors(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("tuner.")}
+
+    @classmethod
+    def rebuild(
+        cls,
+        config: dict[str, Any],
+        tensors: dict[str, dict[str, Tensor]],
+        clip: nn.Module,
+        tokenizer: Any,
+        classes: Any = None,
+        folder: Path | None = None,
+    ) -> FVGModel:
+        """The model again around a base model, in evaluation mode; see `Pretrained.from_pretrained`."""
+        from fvg_adapter.tuners.registry import tuner_class
+
+        settings = FVGConfig.from_dict(config.get("fvg") or {})
+        tuner = tuner_class(config).rebuild(config, tensors, clip, tokenizer, None, folder)
+        try:
+            source = resolve_source(config.get("foreground", "attention"))
+            model = cls(tuner, settings, foreground=source, base_classes=config["base_classes"])
+        except BaseException:
+            tuner.detach()
+            raise
+        try:
+            load_own(model, tensors.get(HEADS_FILE, {}), HEADS_FILE, own=model._head_tensors())
+            model.set_classes(classes if classes is not None else config["classes"])
+        except BaseException:
+            model.release()
+            tuner.detach()
+            raise
+        model.wraps_clip = type(tuner) is ZeroShot
+        return model.eval()

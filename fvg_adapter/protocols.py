@@ -1,0 +1,358 @@
+"""The paper's base-to-new protocol as a function: tune, add FVG-PT, score CLIP, the tuner and FVG-PT beside the
+controls.
+
+METHOD.md sections 6 to 8. A gain over the tuner alone proves nothing about the foreground, because the adapters gain
+too; so every run scores the controls: the whole image as foreground (x_fg = x), no distillation (λ_d = 0), and
+other images' masks. Imports data, tuners, features, train and evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fvg_adapter.config import FVGConfig
+from fvg_adapter.data import PairedTransform, base_new_split, few_shot_indices, open_dataset, select_classes
+from fvg_adapter.data.controls import OtherMasks
+from fvg_adapter.errors import FVGError, nearest
+from fvg_adapter.evaluation import evaluate
+from fvg_adapter.features import FeatureBank
+from fvg_adapter.model import FVGModel
+from fvg_adapter.towers import DualEncoder
+from fvg_adapter.train import fit
+from fvg_adapter.tuners import TUNERS, Tuner, ZeroShot
+from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE
+from fvg_adapter.tuners.recipes import RECIPES, Stage
+from fvg_adapter.wrapping import wrap
+
+Say = Callable[[str], None]
+
+CONTROLS = ("x_fg=x", "lambda_d=0", "shuffled masks")
+"""Rows beside `tuner+fvg`: the same heads without the foreground, without distillation, with other images' masks."""
+
+
+@dataclass
+class Results:
+    """One row a model, one list a metric, one value a seed.
+
+    Attributes:
+        rows: {"clip": {"base": [41.9, …], "new": …, "hm": …, "joint_hm": …, …}, "coop": …, "coop+fvg": …, controls}.
+        settings: what was run: data, shots, seeds, recipes, FVGConfig, versions.
+        seconds: wall time of the run.
+        adapter: folder of the first seed's saved model, where an output folder was given. picture: file, likewise.
+    """
+
+    rows: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    adapter: str | None = None
+    picture: str | None = None
+
+    def add(self, row: str, figures: dict[str, float]) -> None:
+        """Appends one seed's figures to a row."""
+        into = self.rows.setdefault(row, {})
+        for metric, value in figures.items():
+            into.setdefault(metric, []).append(round(value, 4))
+
+    def mean(self, row: str, metric: str) -> float:
+        """Mean over seeds."""
+        return statistics.fmean(self.rows[row][metric])
+
+    def spread(self, row: str, metric: str) -> float:
+        """Standard deviation over seeds (n − 1), 0 for one seed."""
+        values = self.rows[row][metric]
+        return statistics.stdev(values) if len(values) > 1 else 0.0
+
+    def difference(self, row: str, other: str, metric: str) -> tuple[float, float]:
+        """Mean and standard deviation over seeds of the paired difference row − other."""
+        pairs = zip(self.rows[row][metric], self.rows[other][metric], strict=True)
+        values = [a - b for a, b in pairs]
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The rows at the top level, what was run under "settings"."""
+        return {**self.rows, "settings": {**self.settings, "seconds": round(self.seconds, 1)}}
+
+
+@dataclass(frozen=True)
+class Split:
+    """One seed's pictures: few-shot base training set, base and new test sets."""
+
+    train: Any
+    base: Any
+    new: Any
+
+    @property
+    def base_classes(self) -> list[str]:
+        """The classes tuned on."""
+        return list(self.base.classes)
+
+
+def base_to_new_split(
+    data: str | os.PathLike[str],
+    *,
+    shots: int,
+    seed: int,
+    size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_scale: tuple[float, float] = (0.08, 1.0),
+    test_split: str = "test",
+    masks: str = "optional",
+) -> Split:
+    """The pictures of one seed: draw over all classes first, then cut into base and new (METHOD section 10)."""
+    augmented = PairedTransform(size, mean, std, train=True, scale=crop_scale)
+    plain = PairedTransform(size, mean, std, train=False)
+    pool = open_dataset(data, "train", masks=masks, transform=augmented)
+    test = open_dataset(data, test_split, masks=masks, transform=plain)
+    classes = list(pool.classes)
+    if list(test.classes) != classes:
+        raise FVGError(
+            f"the splits 'train' and {test_split!r} of {data} have different class lists; give both a classes.txt."
+        )
+    base, new = base_new_split(classes)
+    if not new:
+        raise FVGError(
+            f"{data} has {len(classes)} class; base-to-new needs at least two, one half to tune on, one to transfer to."
+        )
+    drawn = pool.subset(few_shot_indices(pool.labels, shots, seed=seed)[0])
+    return Split(_only(drawn, base), _only(test, base), _only(test, new))
+
+
+def _only(dataset: Any, wanted: Sequence[int]) -> Any:
+    indices, labels = select_classes(dataset.labels, wanted)
+    return dataset.subset(indices, labels, [dataset.classes[i] for i in wanted])
+
+
+def base_to_new(
+    clip: nn.Module,
+    tokenizer: Any,
+    data: str | os.PathLike[str],
+    *,
+    tuner: str = "coop",
+    tuner_options: dict[str, Any] | None = None,
+    shots: int = 16,
+    seeds: Sequence[int] = (1, 2, 3),
+    views: int = 4,
+    test_split: str = "test",
+    controls: bool = True,
+    foreground: str = "given",
+    template: str = DEFAULT_TEMPLATE,
+    config: FVGConfig | None = None,
+    tune: Stage | None = None,
+    heads: Stage | None = None,
+    precision: str = "no",
+    output: str | os.PathLike[str] | None = None,
+    progress: Say | None = None,
+) -> Results:
+    """Tunes prompts, adds FVG-PT, scores everything on base, new and joint classes, for several seeds.
+
+    Args:
+        clip, tokenizer: the base model; given back as it was found.
+        data: a folder (train/, a test split, mask/) or a Hub data set with image, label and mask.
+        tuner: kind of the tuner. tuner_options: keyword arguments beside the recipe's.
+        shots: pictures a class. seeds: one run each.
+        views: augmented views in a FeatureBank; 0 trains in the loop, with a new augmentation every time.
+        test_split: which pictures to score. controls: score the controls too.
+        foreground: where a picture without a mask file gets its mask in training: "given" (nowhere) or "attention".
+        template: the prior's hand-written prompt. config: FVG-PT's hyperparameters.
+        tune, heads: recipes of the two stages; the published ones of this tuner by default.
+        precision: "no", "bf16" or "fp16" autocast in training.
+        output: a folder for results.json, the first seed's adapter and a picture.
+        progress: called with a line of text now and then.
+
+    Raises:
+        FVGError: an unknown tuner, data that cannot be split; nothing is written then.
+    """
+    if tuner not in TUNERS or tuner not in RECIPES:
+        raise FVGError(f"tuner {tuner!r} is unknown. {nearest(tuner, RECIPES)}")
+    if not seeds:
+        raise FVGError("seeds is empty; give at least one, such as seeds=(1, 2, 3).")
+    config = config or FVGConfig()
+    run = _Run(
+        clip=clip,
+        tokenizer=tokenizer,
+        tuner=TUNERS[tuner],
+        options={**RECIPES[tuner].arguments, "template": template, **(tuner_options or {})},
+        config=config,
+        tune=tune or RECIPES[tuner].tune,
+        heads=heads or RECIPES[tuner].fvg,
+        views=views,
+        foreground=foreground,
+        precision=precision,
+        say=progress or _silent,
+    )
+    start = time.monotonic()
+    encoder = DualEncoder(clip)
+    results = Results(settings=_settings(run, data, shots, seeds, test_split, tuner))
+    folder = None if output is None else Path(output)
+    for number, seed in enumerate(seeds):
+        run.say(f"seed {seed}: reading pictures")
+        split = base_to_new_split(
+            data,
+            shots=shots,
+            seed=seed,
+            size=encoder.image_size,
+            mean=config.image_mean,
+            std=config.image_std,
+            crop_scale=run.heads.crop_scale,
+            test_split=test_split,
+        )
+        keep = folder if number == 0 else None
+        _one_seed(run, split, seed, controls, results, keep)
+    results.seconds = time.monotonic() - start
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".results.json"
+        temporary.write_text(json.dumps(results.to_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        temporary.replace(folder / "results.json")
+    return results
+
+
+@dataclass
+class _Run:
+    """What stays the same over the seeds of one run."""
+
+    clip: nn.Module
+    tokenizer: Any
+    tuner: type[Tuner]
+    options: dict[str, Any]
+    config: FVGConfig
+    tune: Stage | None
+    heads: Stage
+    views: int
+    foreground: str
+    precision: str
+    say: Say
+    test_banks: dict[str, tuple[FeatureBank, FeatureBank]] = field(default_factory=dict)
+
+    def banks(self, model: Tuner, split: Split) -> tuple[FeatureBank, FeatureBank]:
+        """Test banks; plain CLIP's serve every tuner that leaves the images alone, for all seeds."""
+        if model.changes_images:
+            return _measured(model, split)
+        if "clip" not in self.test_banks:
+            self.test_banks["clip"] = _measured(model, split)
+        return self.test_banks["clip"]
+
+
+def _measured(model: Tuner, split: Split) -> tuple[FeatureBank, FeatureBank]:
+    return FeatureBank.encode(model, split.base, measure=True), FeatureBank.encode(model, split.new, measure=True)
+
+
+def _one_seed(run: _Run, split: Split, seed: int, controls: bool, results: Results, folder: Path | None) -> None:
+    plain = ZeroShot(run.clip, run.tokenizer, split.base_classes, template=run.options["template"])
+    try:
+        results.add("clip", evaluate(plain, *run.banks(plain, split)))
+    finally:
+        plain.detach()
+
+    torch.manual_seed(seed)
+    tuner = run.tuner(run.clip, run.tokenizer, split.base_classes, **run.options)
+    kind = tuner.kind
+    try:
+        bank = _train_bank(run, tuner, split.train, seed) if run.views and not tuner.changes_images else None
+        if run.tune is not None:
+            run.say(f"seed {seed}: tuning {kind}")
+            fit(tuner, split.train if bank is None else bank, recipe=run.tune, seed=seed, precision=run.precision)
+        tests = run.banks(tuner, split)
+        if run.tune is not None:
+            results.add(kind, evaluate(tuner, *tests))
+
+        bank = bank or (_train_bank(run, tuner, split.train, seed) if run.views else None)
+        data = split.train if bank is None else bank
+        model = train_heads(run, tuner, data, seed, run.config, run.foreground)
+        results.add(f"{kind}+fvg", evaluate(model, *tests))
+        if folder is not None:
+            _keep(run, model, split, results, folder)
+        model.release()
+        if controls:
+            _controls(run, tuner, split, data, seed, results, tests)
+    finally:
+        tuner.detach()
+
+
+def _controls(
+    run: _Run,
+    tuner: Tuner,
+    split: Split,
+    data: Any,
+    seed: int,
+    results: Results,
+    tests: tuple[FeatureBank, FeatureBank],
+) -> None:
+    no_distillation = dataclasses.replace(run.config, lambda_distill=0.0)
+    settings = [("x_fg=x", data, run.config, "whole"), ("lambda_d=0", data, no_distillation, run.foreground)]
+    if "foreground_mask" in split.train[0]:
+        others = OtherMasks(split.train, seed)
+        shuffled = _train_bank(run, tuner, others, seed) if isinstance(data, FeatureBank) else others
+        settings.append(("shuffled masks", shuffled, run.config, "given"))
+    for name, source, config, foreground in settings:
+        model = train_heads(run, tuner, source, seed, config, foreground)
+        results.add(f"{tuner.kind}+fvg [{name}]", evaluate(model, *tests))
+        model.release()
+
+
+def train_heads(run: _Run, tuner: Tuner, data: Any, seed: int, config: FVGConfig, foreground: str) -> FVGModel:
+    """FVG-PT's heads on a tuned, frozen tuner; one seed gives every configuration the same start and batches."""
+    torch.manual_seed(seed)
+    model = wrap(tuner, config=dataclasses.replace(config), foreground=foreground)
+    run.say(f"seed {seed}: training the heads")
+    fit(model, data, recipe=run.heads, seed=seed, precision=run.precision)
+    return model
+
+
+def _train_bank(run: _Run, tuner: Tuner, pictures: Any, seed: int) -> FeatureBank:
+    """K augmented views of the training pictures, with their foreground."""
+    run.say(f"seed {seed}: encoding {run.views} views of {len(pictures)} pictures")
+    model = FVGModel(tuner, dataclasses.replace(run.config), foreground=run.foreground)
+    try:
+        return FeatureBank.encode(model, pictures, views=run.views, seed=seed)
+    finally:
+        model.release()
+
+
+def _keep(run: _Run, model: FVGModel, split: Split, results: Results, folder: Path) -> None:
+    """The first seed's adapter and picture."""
+    model.eval()
+    results.adapter = str(model.save_pretrained(folder / "adapter"))
+    try:
+        from fvg_adapter.visualize import before_after
+    except ImportError:
+        run.say("no picture: pip install 'fvg-adapter[viz]'")
+        return
+    results.picture = str(before_after(model, split.base, folder / "picture.png", new_set=split.new))
+
+
+def _settings(
+    run: _Run, data: str | os.PathLike[str], shots: int, seeds: Sequence[int], test_split: str, tuner: str
+) -> dict[str, Any]:
+    return {
+        "data": str(data),
+        "tuner": tuner,
+        "tuner_options": run.options,
+        "shots": shots,
+        "seeds": list(seeds),
+        "views": run.views,
+        "test_split": test_split,
+        "foreground": run.foreground,
+        "tune": run.tune and dataclasses.asdict(run.tune),
+        "heads": dataclasses.asdict(run.heads),
+        "config": run.config.to_dict(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _silent(line: str) -> None:
+    """Says nothing."""

@@ -1,0 +1,426 @@
+"""What every tuner is: image and text features of a CLIP, some of them learned, for any class list at any time.
+
+A tuner holds the user's own model as `clip`, frozen; it learns a few tensors of its own. It works through hooks that
+are attached once and act only in its own passes. Imports towers, storage and prompts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from fvg_adapter.base_models import base_model_record
+from fvg_adapter.errors import FVGError
+from fvg_adapter.modes import Found, full_precision, keep_full_precision
+from fvg_adapter.storage import TUNER_FILE, Pretrained, load_own, own_tensors_only
+from fvg_adapter.towers import DualEncoder
+from fvg_adapter.tuners.cache import TextCache
+from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Prompts, check_classes, check_template, fill, tokenize
+
+TEXTS_PER_CHUNK = 256
+"""Prompts encoded at once; bounds the memory of frozen text passes."""
+
+_THREAD = threading.local()
+
+Self = TypeVar("Self", bound="Tuner")
+
+
+@dataclass
+class TunerOutput(ModelOutput):
+    """Output of a tuner.
+
+    Attributes:
+        loss: () the training loss, when labels were given.
+        logits: (B, C) class scores, float32.
+        losses: the terms of the loss by name, each ().
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+
+
+@contextlib.contextmanager
+def untouched() -> Iterator[None]:
+    """Suspends every tuner's hooks in this thread: inside, a CLIP is the CLIP that it was. Gradients are off."""
+    before = getattr(_THREAD, "untouched", 0)
+    _THREAD.untouched = before + 1
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _THREAD.untouched = before
+
+
+def is_untouched() -> bool:
+    """Whether this thread is inside `untouched()`; hooks ask before they act."""
+    return getattr(_THREAD, "untouched", 0) > 0
+
+
+class Tuner(nn.Module, Pretrained):
+    """Base of all tuners: `ZeroShot`, `CoOp`, …; subclass it to add one.
+
+    A subclass creates its parameters in `__init__` and overrides what differs: `_prompt_features` for learned text,
+    `image_features` (with `changes_images = True`) for a learned image tower, `loss_terms` for its objective.
+
+    Args:
+        model: a Hugging Face dual encoder, or a PeftModel around one. It is frozen and put into evaluation mode;
+            `detach()` gives it back as it was found.
+        tokenizer: the model's tokenizer.
+        classes: the class names, in the order of the labels.
+        template: the hand-written prompt of the plain CLIP that the tuner is compared with (METHOD: the prior).
+
+    Raises:
+        FVGError: unusable class names or template.
+        TypeError: the model is no supported dual encoder.
+    """
+
+    kind: ClassVar[str] = "tuner"
+    encoder_needs_separate_passes: ClassVar[bool] = False
+    """Whether whole images and foreground views cannot share one batch (a tower with batch statistics)."""
+    changes_images: ClassVar[bool] = False
+    """Whether `image_features` differs from the plain CLIP's; where not, one pass serves both."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        classes: Sequence[str],
+        *,
+        template: str = DEFAULT_TEMPLATE,
+        projection: nn.Module | None = None,
+    ) -> None:
+        names = check_classes(classes)
+        encoder = DualEncoder(model, projection)
+        super().__init__()
+        self.clip = model
+        self.projection = projection
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.template = check_template(template)
+        self.base_classes = names
+        self._classes = names
+        self._text_cache = TextCache()
+        self._handles: list[Any] = []
+        self._check_prompts(names)
+        self._found = Found.of(model)
+        model.requires_grad_(False).eval()
+        own_tensors_only(self, "clip")
+
+    # -- class lists -----------------------------------------------------------------------------------------------
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names that columns of the logits stand for now."""
+        return self._classes
+
+    def set_classes(self, classes: Sequence[str]) -> None:
+        """Scores these classes from now on; any names, any time.
+
+        Raises:
+            FVGError: unusable names; the class list stays as it was.
+        """
+        names = check_classes(classes)
+        self._check_prompts(names)
+        self._classes = names
+
+    @contextlib.contextmanager
+    def use_classes(self, classes: Sequence[str]) -> Iterator[None]:
+        """Scores these classes inside the block, and the former ones again behind it."""
+        before = self._classes
+        self.set_classes(classes)
+        try:
+            yield
+        finally:
+            self._classes = before
+
+    def _check_prompts(self, classes: tuple[str, ...]) -> None:
+        """Raises FVGError where a class cannot be tokenised into the text window; subclasses add their contexts."""
+        self.prior_prompts(classes)
+
+    # -- features --------------------------------------------------------------------------------------------------
+
+    def image_features(self, pixel_values: Tensor, *, branch: str = "base") -> Tensor:
+        """Tuned image features f (B, D) of images (B, 3, H, W), unit length (MMRL's base branch is not), float32.
+
+        Args:
+            pixel_values: images normalised for the model.
+            branch: "base" or "new"; only MMRL tells them apart (METHOD section 5).
+        """
+        return self._plain_image_features(pixel_values)
+
+    def branch_image_features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """f of the base and of the new branch, each (B, D), from one pass over the images."""
+        features = self.image_features(pixel_values)
+        return features, features
+
+    def text_features(self) -> Tensor:
+        """Tuned text features g(t) (C, D) of the current classes, unit length, float32.
+
+        Computed once per class list as long as nothing that they depend on asks for a gradient.
+        """
+        return self._cached("tuned", self._own_text_state(), lambda: self._text(self._classes))
+
+    def prior_image_features(self, pixel_values: Tensor) -> Tensor:
+        """The plain CLIP's image features f_CLIP (B, D), unit length, without gradient."""
+        with untouched():
+            return self._plain_image_features(pixel_values)
+
+    def prior_text_features(self) -> Tensor:
+        """The plain CLIP's text features g_CLIP (C, D) of the template with each class name, without gradient."""
+
+        def encode() -> Tensor:
+            with untouched():
+                return F.normalize(self._encode(self.prior_prompts(self._classes)), dim=-1)
+
+        return self._cached("prior", (), encode)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """s: the factor between cosines and logits, a scalar without gradient."""
+        return full_precision(self.encoder.logit_scale.detach())
+
+    def scores(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """s · f · gᵀ (B, C) in full precision, also under autocast."""
+        with torch.autocast(image_features.device.type, enabled=False):
+            image, text = full_precision(image_features), full_precision(text_features)
+            return self.logit_scale.to(image) * image @ text.to(image.dtype).T
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        features: Mapping[str, Tensor] | None = None,
+    ) -> TunerOutput:
+        """Class scores, and the tuner's own loss when labels are given.
+
+        Args:
+            pixel_values: (B, 3, H, W) images normalised for the model.
+            labels: (B,) int64 indices into `classes`.
+            features: a FeatureBank batch instead of pixels, for tuners that leave the image tower untouched.
+
+        Raises:
+            FVGError: neither or both inputs, labels out of range, features for a tuner that changes the images.
+        """
+        image = self._image_input(pixel_values, features)
+        text = self.text_features()
+        logits = self.scores(image, text)  # (B, C)
+        if labels is None:
+            return TunerOutput(logits=logits)
+        check_labels(labels, len(self._classes), len(logits))
+        losses = self.loss_terms(image, text, logits, labels)
+        return TunerOutput(loss=torch.stack(list(losses.values())).sum(), logits=logits, losses=losses)
+
+    def loss_terms(self, image: Tensor, text: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The terms whose sum is the loss; here the mean cross entropy alone."""
+        return {"ce": F.cross_entropy(logits, labels)}
+
+    def _image_input(self, pixel_values: Tensor | None, features: Mapping[str, Tensor] | None) -> Tensor:
+        if (pixel_values is None) == (features is None):
+            given = "neither" if features is None else "both"
+            raise FVGError(f"give pixel_values or features; {given} was given.")
+        if pixel_values is not None:
+            return self.image_features(pixel_values)
+        if self.changes_images:
+            raise FVGError(
+                f"{type(self).__name__} changes the image tower, so features of a bank cannot train it; give "
+                "pixel_values."
+            )
+        assert features is not None
+        return F.normalize(full_precision(features["image"]), dim=-1)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters an optimiser should get: the tuner's own."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    # -- passes ----------------------------------------------------------------------------------------------------
+
+    def _plain_image_features(self, pixel_values: Tensor) -> Tensor:
+        wanted = torch.is_grad_enabled() and (pixel_values.requires_grad or self._image_tower_learns())
+        with torch.set_grad_enabled(wanted):  # no graph through a frozen tower, even under gradient checkpointing
+            return F.normalize(full_precision(self.encoder.image_features(pixel_values)), dim=-1)
+
+    def _image_tower_learns(self) -> bool:
+        return self.changes_images
+
+    def prior_prompts(self, classes: Sequence[str]) -> Prompts:
+        """The template with each class name, tokenised."""
+        return self.tokenized([fill(self.template, name) for name in classes])
+
+    def tokenized(self, texts: Sequence[str]) -> Prompts:
+        """Token ids of whole texts for this text tower."""
+        encoder = self.encoder
+        return tokenize(self.tokenizer, texts, encoder.text_length, pad_to_limit=not encoder.layout.trims_text)
+
+    def _text(self, classes: Sequence[str]) -> Tensor:
+        """Tuned text features (C, D), unit length; subclasses with a learned text side override `_prompt_features`."""
+        return F.normalize(self._prompt_features(classes), dim=-1)
+
+    def _prompt_features(self, classes: Sequence[str]) -> Tensor:
+        """Tuned text features (C, D) before normalisation, float32."""
+        return self._encode(self.prior_prompts(classes))
+
+    def _encode(
+        self, prompts: Prompts, per_chunk: Callable[[slice], contextlib.AbstractContextManager[None]] | None = None
+    ) -> Tensor:
+        """Raw text features (N, D) of prompts, in chunks; `per_chunk(rows)` surrounds each pass."""
+        parts = []
+        device = self.encoder.token_embedding.weight.device
+        for start in range(0, len(prompts), TEXTS_PER_CHUNK):
+            rows = slice(start, start + TEXTS_PER_CHUNK)
+            chunk = prompts[rows].to(device)
+            with per_chunk(rows) if per_chunk else contextlib.nullcontext():
+                parts.append(full_precision(self.encoder.text_features(chunk.input_ids, chunk.attention_mask)))
+        return torch.cat(parts)
+
+    # -- frozen text features --------------------------------------------------------------------------------------
+
+    def _own_text_state(self) -> Iterable[Tensor]:
+        """The tuner's own tensors that text features depend on; the cache is bypassed while one needs a gradient."""
+        return [p for name, p in self.named_parameters() if not name.startswith("clip.")]
+
+    def _cached(self, what: str, own: Iterable[Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        tower = self.encoder.text.parameters() if self.encoder.has_text else ()
+        context = (what, self._classes, self.template, self._adapters())
+        return self._text_cache.get(context, [*own, *tower, *self._text_projection()], compute)
+
+    def _text_projection(self) -> Iterable[Tensor]:
+        module = getattr(self.encoder.model, "text_projection", None)
+        return module.parameters() if isinstance(module, nn.Module) else ()
+
+    def _adapters(self) -> tuple[str, ...]:
+        active = getattr(self.clip, "active_adapters", ())
+        return tuple(active) if isinstance(active, (list, tuple)) else ()
+
+    def invalidate(self) -> None:
+        """Forgets cached text features; needed only after `parameter.data` was edited, which leaves no trace."""
+        self._text_cache.clear()
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    def attention_target(self) -> tuple[nn.Module, Callable[[int], int]]:
+        """For `record_attention`: the model to hook, and where the patches begin in the tokens of a layer."""
+        return self.clip, self.first_patch
+
+    def first_patch(self, layer: int) -> int:
+        """Index of the first patch token among the tokens that enter layer `layer` (0-based)."""
+        return self.encoder.layout.leading_tokens
+
+    def detach(self) -> nn.Module:
+        """Takes every hook off and gives the user's model back as it was found: flags, mode, hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._found.restore(self.clip)
+        return self.clip
+
+    def train(self, mode: bool = True) -> Tuner:
+        """Sets the mode of the tuner's own modules; the frozen CLIP stays in evaluation mode."""
+        self.training = mode
+        for name, module in self.named_children():
+            if name != "clip":
+                module.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tuner:
+        """`.half()` and `.to(bfloat16)` reach the CLIP only: prompts stay in full precision (DESIGN decision 5)."""
+        for module in self.children():
+            if module is self.clip or module is self.projection:
+                module._apply(fn)
+            else:
+                module._apply(keep_full_precision(fn))
+        super()._apply(keep_full_precision(fn), recurse=False)
+        self._text_cache.clear()
+        return self
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Every tensor, the CLIP's included; `state_dict()` holds only the tuner's own."""
+        return {**self.state_dict(), **{f"clip.{k}": v for k, v in self.clip.state_dict().items()}}
+
+    @property
+    def hook_count(self) -> int:
+        """Hooks of this tuner on the user's model."""
+        return len(self._handles)
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that make this tuner again (JSON), beside model, tokenizer and classes."""
+        return {"template": self.template}
+
+    def pretrained_config(self) -> dict[str, Any]:
+        """config.json: kind and arguments, class names, base model, preprocessing size."""
+        return {
+            "kind": "tuner",
+            "tuner": {"kind": self.kind, "arguments": self.arguments()},
+            "base_classes": list(self.base_classes),
+            "classes": list(self._classes),
+            "base_model": base_model_record(self.clip, self.tokenizer),
+        }
+
+    def pretrained_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tuner's own tensors."""
+        return {TUNER_FILE: dict(self.state_dict())}
+
+    @classmethod
+    def rebuild(
+        cls: type[Self],
+        config: dict[str, Any],
+        tensors: dict[str, dict[str, Tensor]],
+        clip: nn.Module,
+        tokenizer: Any,
+        classes: Any = None,
+        folder: Path | None = None,
+    ) -> Self:
+        """The tuner again around a base model, in evaluation mode; see `Pretrained.from_pretrained`."""
+        own = tensors.get(TUNER_FILE, {})
+        try:
+            tuner = cls(clip, tokenizer, cls.saved_classes(config, own), **config["tuner"].get("arguments", {}))
+        except TypeError as error:
+            raise FVGError(f"the config's arguments do not fit {cls.__name__}: {error}.") from error
+        try:
+            load_own(tuner, own, TUNER_FILE)
+            if classes is not None:
+                tuner.set_classes(classes)
+            elif config["kind"] == "tuner":
+                tuner.set_classes(config["classes"])
+        except BaseException:
+            tuner.detach()
+            raise
+        tuner.eval()
+        return tuner
+
+    @classmethod
+    def saved_classes(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+        """What `classes` was on construction."""
+        return config["base_classes"]
+
+    def extra_repr(self) -> str:
+        """What `print(tuner)` shows of it."""
+        learned = sum(p.numel() for p in self.trainable_parameters())
+        return f"classes={len(self._classes)}, template={self.template!r}, learned={learned}"
+
+
+def check_labels(labels: Tensor, n_classes: int, batch: int) -> None:
+    """Raises FVGError unless labels is (B,) of integers in [0, C). Values are read on CPU only."""
+    if labels.is_floating_point() or labels.dim() != 1 or len(labels) != batch:
+        raise FVGError(
+            f"labels must be {batch} integers of shape ({batch},), one an image, "
+            f"but are {str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}."
+        )
+    if labels.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= n_classes:
+            bad = low if low < 0 else high
+            raise FVGError(f"label {bad} is out of range for {n_classes} classes; labels index the current class list.")

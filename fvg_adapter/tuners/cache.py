@@ -1,0 +1,61 @@
+"""A cache of frozen text features that cannot go stale unnoticed.
+
+An entry is valid for one class list, template, dtype, device, autocast state and set of parameters (their identities
+and versions). While any parameter needs a gradient nothing is cached, because edits through `p.data` leave no trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+ENTRIES = 8
+"""Class lists kept; the oldest goes first."""
+
+
+class TextCache:
+    """Text features (C, D) by everything that they depend on."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, Tensor] = {}
+
+    def get(self, context: Hashable, parameters: Sequence[Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        """The cached features, or computed ones; the result is outside any graph when it comes from the cache."""
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        if learns or torch.compiler.is_compiling():
+            return compute()
+        if any(
+            p.requires_grad for p in parameters
+        ):  # evaluated between steps of a training: an optimiser may use p.data
+            with torch.no_grad():
+                return compute()
+        key = (context, _state(parameters))
+        found = self._entries.get(key)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                found = compute()
+            while len(self._entries) >= ENTRIES:
+                self._entries.pop(next(iter(self._entries)), None)
+            self._entries[key] = found
+        return found
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._entries.clear()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_entries": {}}  # copies and pickles start empty: identities of parameters mean nothing there
+
+
+def _state(parameters: Sequence[Tensor]) -> Hashable:
+    if not parameters:
+        return ()
+    kind = parameters[-1].device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return autocast, tuple((id(p), _version(p), p.dtype, p.device) for p in parameters)
+
+
+def _version(parameter: Tensor) -> int:
+    return -1 if parameter.is_inference() else parameter._version

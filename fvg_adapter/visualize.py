@@ -1,0 +1,117 @@
+"""Pictures of what a model looks at: image, mask, attention and answers. Needs matplotlib."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg", force=False)
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fvg_adapter.features import attention_in_mask
+from fvg_adapter.model import FVGModel
+
+_WRONG, _RIGHT = "#b3261e", "#1b6e3c"
+
+
+@torch.no_grad()
+def before_after(
+    model: FVGModel, base_set: Any, path: str | os.PathLike[str], *, new_set: Any = None, pictures: int = 6
+) -> Path:
+    """Draws some pictures of base and new classes with mask outline, attention, and the three models' answers.
+
+    Each column is one picture, spread evenly over the set: above the picture with its true mask outlined, below the
+    attention of the pooling token (mean over heads), then what CLIP, the tuner and FVG-PT answer, and r and b.
+
+    Args:
+        model: an FVGModel; its class list, mode and hooks are left as found.
+        base_set, new_set: data sets of {"pixel_values", "labels"[, "foreground_mask"]} with `classes`.
+        path: the PNG to write. pictures: how many columns.
+
+    Returns:
+        The path.
+    """
+    sets = [s for s in (base_set, new_set) if s is not None]
+    per_set = max(1, pictures // len(sets))
+    columns = [(s, i) for s in sets for i in _spread(len(s), per_set)]
+    figure, axes = plt.subplots(2, len(columns), figsize=(2.5 * len(columns), 6.6), squeeze=False)
+    mode = model.training
+    model.eval()
+    try:
+        for column, (data, index) in enumerate(columns):
+            _column(axes[:, column], model, data, index, "base" if data is base_set else "new")
+    finally:
+        model.train(mode)
+    figure.suptitle("Foreground outlined; attention below; answers of CLIP, the tuner and FVG-PT", fontsize=11)
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+    return target
+
+
+def _column(axes: Sequence[Any], model: FVGModel, data: Any, index: int, group: str) -> None:
+    item = data[index]
+    device = model.tuner.encoder.device
+    pixels = item["pixel_values"].unsqueeze(0).to(device)
+    mask = item.get("foreground_mask")
+    given = None if mask is None else mask.unsqueeze(0).to(device)
+    with model.use_classes(data.classes):
+        output = model(pixels, foreground_mask=given, return_attention=True)
+        tuner = model.tuner
+        prior = tuner.scores(tuner.prior_image_features(pixels), tuner.prior_text_features())
+        tuned = tuner.scores(tuner.image_features(pixels), tuner.text_features())
+        trust = model(pixels, branch="new").prior_trust  # b is asked of the new branch, whichever answered
+    picture = _picture(pixels[0], model.config.image_mean, model.config.image_std)
+    axes[0].imshow(picture)
+    if mask is not None:
+        axes[0].contour(mask[0].numpy(), levels=[0.5], colors=["white"], linewidths=2.0)
+        axes[0].contour(mask[0].numpy(), levels=[0.5], colors=["#e4007c"], linewidths=1.0)
+    truth = data.classes[int(item["labels"])]
+    axes[0].set_title(f"{group}: {truth}", fontsize=9)
+    attention = output.foreground_attention
+    assert attention is not None
+    axes[1].imshow(picture)
+    axes[1].imshow(_heat(attention[0], picture.shape[:2]), cmap="inferno", alpha=0.65)
+    inside = "" if given is None else f", {100 * float(attention_in_mask(attention, given)):.0f} % inside"
+    axes[1].set_title(f"attention{inside}", fontsize=9)
+    answers = [("CLIP", prior), (tuner.kind, tuned), ("+FVG-PT", output.logits)]
+    for row, (name, logits) in enumerate(answers):
+        best = int(logits.argmax(-1))
+        share = float(logits.softmax(-1)[0, best])
+        colour = _RIGHT if data.classes[best] == truth else _WRONG
+        text = f"{name}: {data.classes[best]} {100 * share:.0f} %"
+        axes[1].text(0.0, -0.07 - 0.11 * row, text, color=colour, fontsize=8.5, transform=axes[1].transAxes, va="top")
+    gates = [] if output.foreground_trust is None else [f"r = {float(output.foreground_trust):.2f}"]
+    gates += [] if trust is None else [f"b = {float(trust):.2f}"]
+    axes[1].text(0.0, -0.40, ", ".join(gates), fontsize=8.5, transform=axes[1].transAxes, va="top")
+    for axis in axes:
+        axis.set_axis_off()
+
+
+def _spread(total: int, wanted: int) -> list[int]:
+    count = min(total, wanted)
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+def _picture(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray[Any, Any]:
+    """Normalised pixels (3, H, W) back to an RGB picture (H, W, 3) in [0, 1]."""
+    shape = (3, 1, 1)
+    image = pixels.cpu().float() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    return image.clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def _heat(attention: Tensor, size: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """A map (h, w) enlarged to the picture, from its smallest to its largest value."""
+    heat = F.interpolate(attention.cpu().float()[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+    heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp_min(1e-12)
+    return heat.numpy()

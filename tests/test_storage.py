@@ -1,0 +1,202 @@
+"""Files: bit-equal after loading, for other classes too, whole or untouched, and refused when they do not fit."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPModel
+
+from conftest import CLASSES, GOLDEN, NEW_CLASSES, small_config
+from fvg_adapter import FVGModel, load, storage, wrap
+from fvg_adapter.errors import FVGError
+from fvg_adapter.tuners import CoOp, ZeroShot
+
+
+@pytest.fixture
+def model(small_clip: CLIPModel, tokenizer: Any) -> FVGModel:
+    torch.manual_seed(0)
+    model = wrap(CoOp(small_clip, tokenizer, CLASSES, ctx_init=""), foreground="given").eval()
+    with torch.no_grad():
+        model.visual_adapter.up.weight.normal_(std=0.1)
+    return model
+
+
+def test_saved_and_loaded_logits_are_bit_equal(
+    model: FVGModel, small_clip: CLIPModel, tokenizer: Any, pixels: Tensor, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "a")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "config.json", "fvg_heads.safetensors", "tuner.safetensors",
+    ]  # fmt: skip
+    lists = [CLASSES, NEW_CLASSES, [*CLASSES, *NEW_CLASSES]]
+    expected = []
+    for names in lists:
+        with model.use_classes(names), torch.no_grad():
+            expected.append(model(pixels).logits)
+    loaded = load(tmp_path / "a", clip=small_clip, tokenizer=tokenizer)
+    assert isinstance(loaded, FVGModel) and not loaded.training
+    assert loaded.classes == loaded.base_classes == tuple(CLASSES)
+    for names, logits in zip(lists, expected, strict=True):
+        with loaded.use_classes(names), torch.no_grad():
+            assert torch.equal(loaded(pixels).logits, logits)
+    other = load(tmp_path / "a", clip=small_clip, tokenizer=tokenizer, classes=NEW_CLASSES)
+    assert other.classes == tuple(NEW_CLASSES)
+    with torch.no_grad():
+        assert torch.equal(other(pixels).logits, expected[1])
+
+
+def test_the_base_model_is_found_through_its_id(tmp_path: Path, pixels: Tensor) -> None:
+    from transformers import AutoTokenizer
+
+    clip = CLIPModel.from_pretrained(GOLDEN / "model")
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    clip.save_pretrained(tmp_path / "clip")
+    tokenizer.save_pretrained(tmp_path / "clip")
+    clip = CLIPModel.from_pretrained(tmp_path / "clip")
+    tuner = CoOp(clip, tokenizer, CLASSES)
+    tuner.save_pretrained(tmp_path / "prompts")
+    record = json.loads((tmp_path / "prompts/config.json").read_text())["base_model"]
+    assert record["id"] == "local" and record["path"] == str(tmp_path / "clip")
+    images = torch.randn(2, 3, 64, 64)
+    loaded = load(tmp_path / "prompts")
+    with torch.no_grad():
+        assert torch.equal(loaded(images).logits, tuner(images).logits)
+    again = CoOp.from_pretrained(tmp_path / "prompts", classes=NEW_CLASSES)
+    assert again.classes == tuple(NEW_CLASSES) and again.base_classes == tuple(CLASSES)
+    with pytest.raises(FVGError, match="holds a CoOp, not a ZeroShot"):
+        ZeroShot.from_pretrained(tmp_path / "prompts")
+    (tmp_path / "clip/config.json").unlink()
+    with pytest.raises(FVGError, match="could not be loaded"):
+        load(tmp_path / "prompts")
+
+
+def test_a_base_model_without_an_id(model: FVGModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(FVGError, match="give it as clip="):
+        load(tmp_path / "a")
+
+
+def test_another_base_model_is_refused(model: FVGModel, tokenizer: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "a")
+    twin = CLIPModel(small_config())  # the same shapes, other values
+    with pytest.raises(FVGError, match="hash"):
+        load(tmp_path / "a", clip=twin, tokenizer=tokenizer)
+    wide = CLIPModel(small_config(num_hidden_layers=3))
+    with pytest.raises(FVGError, match="vision_layers 2, but the model given has vision_layers 3"):
+        load(tmp_path / "a", clip=wide, tokenizer=tokenizer)
+
+
+def test_half_precision_copies_are_the_same_base_model(
+    model: FVGModel, small_clip: CLIPModel, tokenizer: Any, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "a")
+    load(tmp_path / "a", clip=small_clip.half(), tokenizer=tokenizer)
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def rehash(folder: Path, name: str) -> None:
+    hashes = json.loads((folder / "config.json").read_text())["sha256"]
+    edit(folder, sha256={**hashes, name: storage._sha256(folder / name)})
+
+
+def test_bad_files_are_refused(model: FVGModel, small_clip: CLIPModel, tokenizer: Any, tmp_path: Path) -> None:
+    def refused(message: str, change: Any) -> None:
+        folder = tmp_path / f"case{len(list(tmp_path.iterdir()))}"
+        model.save_pretrained(folder)
+        change(folder)
+        with pytest.raises(FVGError, match=message):
+            load(folder, clip=small_clip, tokenizer=tokenizer)
+
+    heads = "fvg_heads.safetensors"
+
+    def renamed(folder: Path) -> None:
+        tensors = load_file(folder / heads)
+        tensors["visual_adapter.sideways.weight"] = tensors.pop("visual_adapter.down.weight")
+        save_file(tensors, folder / heads)
+        rehash(folder, heads)
+
+    def misshapen(folder: Path) -> None:
+        tensors = load_file(folder / heads)
+        tensors["backbone_gate.out.bias"] = torch.zeros(2)
+        save_file(tensors, folder / heads)
+        rehash(folder, heads)
+
+    def pickled(folder: Path) -> None:
+        torch.save({}, folder / heads)
+        rehash(folder, heads)
+
+    refused("format version 2, but this fvg_adapter reads up to 1", lambda f: edit(f, format_version=2))
+    refused("format_version 'new'", lambda f: edit(f, format_version="new"))
+    refused("no fvg_adapter config", lambda f: edit(f, format="other"))
+    refused("lacks 'base_model'", lambda f: edit(f, base_model=None))
+    refused("not valid JSON", lambda f: (f / "config.json").write_text("{"))
+    refused("has no config.json", lambda f: (f / "config.json").unlink())
+    refused(f"has no {heads}", lambda f: (f / heads).unlink())
+    refused("no whole safetensors file", lambda f: (f / heads).write_bytes((f / heads).read_bytes()[:-10]))
+    refused("no whole safetensors file", pickled)
+    refused("sha256 differs", lambda f: save_file({"a": torch.zeros(1)}, f / heads))
+    refused("missing visual_adapter.down.weight; unexpected visual_adapter.sideways", renamed)
+    refused(r"backbone_gate.out.bias is \(2,\), expected \(1,\)", misshapen)
+    refused("'copo', which is not registered here. Did you mean 'coop'", lambda f: edit(f, tuner={"kind": "copo"}))
+    refused("arguments do not fit", lambda f: edit(f, tuner={"kind": "coop", "arguments": {"n_token": 3}}))
+    refused("lists a file '../x'", lambda f: edit(f, sha256={"../x": "0"}))
+    assert sum(len(m._forward_hooks) for m in small_clip.modules()) == model.tuner.hook_count  # failed loads left nothing
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(FVGError, match="there is no folder"):
+        load(tmp_path / "absent")
+    with pytest.raises(FVGError, match="could not be loaded from the Hub"):
+        load("me/absent", local_files_only=True)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_full_disk_leaves_the_old_files(
+    model: FVGModel, tmp_path: Path, exists: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "a"
+    if exists:
+        model.save_pretrained(target)
+    before = {p.name: p.read_bytes() for p in target.iterdir()} if exists else None
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage.json, "dumps", full)
+    with pytest.raises(FVGError, match="No space left on device"):
+        model.save_pretrained(target)
+    assert [p.name for p in tmp_path.iterdir()] == (["a"] if exists else [])
+    if exists:
+        assert {p.name: p.read_bytes() for p in target.iterdir()} == before
+
+
+def test_saving_over_an_earlier_save_keeps_other_files(model: FVGModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "a")
+    (tmp_path / "a/README.md").write_text("mine")
+    with torch.no_grad():
+        model.tuner.ctx.add_(1.0)
+    model.save_pretrained(tmp_path / "a")
+    assert (tmp_path / "a/README.md").read_text() == "mine"
+    assert torch.equal(load_file(tmp_path / "a/tuner.safetensors")["ctx"], model.tuner.ctx)
+    with pytest.raises(FVGError, match="is a file"):
+        model.save_pretrained(tmp_path / "a/README.md")
+
+
+def test_heads_are_half_a_megabyte(tokenizer: Any, tmp_path: Path) -> None:
+    from fvg_adapter.heads import BottleneckAdapter, ReliabilityGate
+
+    parts = [BottleneckAdapter(512), BottleneckAdapter(512), ReliabilityGate(), ReliabilityGate()]
+    save_file({f"{i}.{k}": v for i, m in enumerate(parts) for k, v in m.state_dict().items()}, tmp_path / "x")
+    assert 0.5e6 < (tmp_path / "x").stat().st_size < 0.6e6
