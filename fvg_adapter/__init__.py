@@ -13,7 +13,7 @@ _HOMES = {
     "load": "hub",
     "FVGConfig": "config",
     "FVGModel": "model",
-    "FVGOutput": "model",
+    "FVGOutput": "outputs",
     "record_attention": "attention",
     "FeatureBank": "features",
     "evaluate": "evaluation",
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from fvg_adapter.evaluation import evaluate
     from fvg_adapter.features import FeatureBank
     from fvg_adapter.hub import load
-    from fvg_adapter.model import FVGModel, FVGOutput
+    from fvg_adapter.model import FVGModel
+    from fvg_adapter.outputs import FVGOutput
     from fvg_adapter.wrapping import unwrap, wrap
 
 

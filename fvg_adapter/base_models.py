@@ -50,6 +50,8 @@ def load_base_model(record: Mapping[str, Any]) -> nn.Module:
     source = record.get("path") if record.get("id") == "local" else record.get("id")
     if not source:
         raise FVGError("this adapter was made for a local base model; give it as clip=… (and its tokenizer=…).")
+    if record.get("id") == "local" and not (Path(source) / "config.json").is_file():
+        raise FVGError(f"the base model could not be loaded: {source} is no model folder any more; give it as clip=….")
     try:
         model: nn.Module = AutoModel.from_pretrained(source, revision=record.get("revision") or "main")
     except (OSError, ValueError) as error:

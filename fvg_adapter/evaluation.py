@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from fvg_adapter import losses as L
-from fvg_adapter.errors import FVGError
+from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.features import FeatureBank
 from fvg_adapter.model import FVGModel
 from fvg_adapter.tuners.base import Tuner
 
 ECE_BINS = 15
+_BRANCHES = ("base", "new", "tuner")
 
 
 def harmonic_mean(base: float, new: float) -> float:
@@ -31,7 +32,14 @@ def harmonic_mean(base: float, new: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: FVGModel | Tuner, base_set: Any, new_set: Any, *, batch_size: int = 64) -> dict[str, float]:
+def evaluate(
+    model: FVGModel | Tuner,
+    base_set: Any,
+    new_set: Any,
+    *,
+    batch_size: int = 64,
+    branches: tuple[str, str] = ("base", "new"),
+) -> dict[str, float]:
     """Scores a model on tuned and unseen classes; restores class list and mode as found.
 
     Args:
@@ -39,6 +47,8 @@ def evaluate(model: FVGModel | Tuner, base_set: Any, new_set: Any, *, batch_size
         base_set, new_set: data sets with `classes`, whose labels index their own classes; or FeatureBanks of them.
             Items may carry "foreground_mask"; the foreground figures are over images with a usable one.
         batch_size: images encoded at once.
+        branches: what scores base and new classes of an FVGModel: "base" (z_FDC), "new" (z_PC) or "tuner" (z_full). The
+            paper's ablation uses others than the default.
 
     Returns:
         base, new: accuracy in percent, each among its own classes. hm: their harmonic mean.
@@ -49,19 +59,22 @@ def evaluate(model: FVGModel | Tuner, base_set: Any, new_set: Any, *, batch_size
         ece: expected calibration error in percent, 15 bins, over base and new predictions (torchmetrics).
 
     Raises:
-        FVGError: a set without class names, or base and new sets that share classes.
+        FVGError: a set without class names, base and new sets that share classes, or an unknown branch.
     """
+    for branch in branches:
+        if branch not in _BRANCHES:
+            raise FVGError(f"branch {branch!r} is unknown. {nearest(branch, _BRANCHES)}")
     names = [_classes_of(base_set, "base_set"), _classes_of(new_set, "new_set")]
     shared = sorted(set(names[0]) & set(names[1]))
     if shared:
         raise FVGError(f"base_set and new_set share the classes {shared[:5]}; split them with base_new_split.")
     with _as_found(model):
         banks = [_bank(model, data, batch_size) for data in (base_set, new_set)]
-        own = [_scored(model, bank, classes) for bank, classes in zip(banks, names, strict=True)]
+        own = [_scored(model, b, c, branch) for b, c, branch in zip(banks, names, branches, strict=True)]
         everything = [*names[0], *names[1]]
         offsets = (0, len(names[0]))
         joint = [
-            _accuracy(_logits(model, bank, everything), [label + offset for label in bank.labels])
+            _accuracy(_joint_logits(model, bank, everything, branches), [label + offset for label in bank.labels])
             for bank, offset in zip(banks, offsets, strict=True)
         ]
     base, new = (s["accuracy"] for s in own)
@@ -79,9 +92,9 @@ def evaluate(model: FVGModel | Tuner, base_set: Any, new_set: Any, *, batch_size
     }
 
 
-def _scored(model: FVGModel | Tuner, bank: FeatureBank, classes: Sequence[str]) -> dict[str, Any]:
+def _scored(model: FVGModel | Tuner, bank: FeatureBank, classes: Sequence[str], branch: str) -> dict[str, Any]:
     """Figures of one set among its own classes; foreground figures per usable image."""
-    logits = _logits(model, bank, classes)
+    logits = _logits(model, bank, classes, branch)
     empty = torch.empty(0)
     result: dict[str, Any] = {
         "accuracy": _accuracy(logits, bank.labels),
@@ -94,7 +107,7 @@ def _scored(model: FVGModel | Tuner, bank: FeatureBank, classes: Sequence[str]) 
         usable = bank.features["usable"][:, 0].bool()
         view = FeatureBank(_foreground_view(bank), bank.labels, bank.classes)
         full = L.log_probs(logits)
-        result["d_fg"] = L.kl_divergence(full, L.log_probs(_logits(model, view, classes)))[usable]
+        result["d_fg"] = L.kl_divergence(full, L.log_probs(_logits(model, view, classes, branch)))[usable]
         result["entropy"] = L.entropy(full)[usable]
         if "attention_in_mask" in bank.features:
             result["attention"] = bank.features["attention_in_mask"][:, 0][usable]
@@ -107,24 +120,42 @@ def _foreground_view(bank: FeatureBank) -> dict[str, Tensor]:
     return {to: bank.features[source] for to, source in names.items() if source in bank.features}
 
 
-def _logits(model: FVGModel | Tuner, bank: FeatureBank, classes: Sequence[str]) -> Tensor:
+def _logits(model: FVGModel | Tuner, bank: FeatureBank, classes: Sequence[str], branch: str) -> Tensor:
     """(N, C) logits of a bank over a class list."""
-    tuner = model.tuner if isinstance(model, FVGModel) else model
-    device = tuner.encoder.device
+    device = _tuner_of(model).encoder.device
     rows = []
     with model.use_classes(classes):
         for features, _ in bank.batches():
-            moved = {k: v.to(device) for k, v in features.items()}
-            rows.append(_batch_logits(model, moved).float().cpu())
+            moved = {k: v.to(device) for k, v in features.items() if k in ("image", "image_new", "prior")}
+            rows.append(_batch_logits(model, moved, branch).float().cpu())
     return torch.cat(rows)
 
 
-def _batch_logits(model: FVGModel | Tuner, features: dict[str, Tensor]) -> Tensor:
-    if isinstance(model, FVGModel):
-        keep = {k: v for k, v in features.items() if k in ("image", "image_new", "prior")}
-        logits: Tensor = model(features=keep).logits
-        return logits
-    return model.scores(_tuner_features(model, features), model.text_features())
+def _joint_logits(
+    model: FVGModel | Tuner, bank: FeatureBank, classes: Sequence[str], branches: tuple[str, str]
+) -> Tensor:
+    """(N, C) scores over base and new classes: a tuner's own logits, an FVGModel's rule of METHOD section 11."""
+    if not isinstance(model, FVGModel):
+        return _logits(model, bank, classes, "tuner")
+    known = set(model.base_classes)
+    is_base = torch.tensor([name in known for name in classes])
+    prior, base, new = (_logits(model, bank, classes, branch) for branch in ("prior", *branches))
+    return L.joint_log_probs(prior, base, new, is_base)
+
+
+def _batch_logits(model: FVGModel | Tuner, features: dict[str, Tensor], branch: str) -> Tensor:
+    tuner = _tuner_of(model)
+    if branch == "prior":
+        prior = features.get("prior", features.get("image_new", features["image"]))
+        return tuner.scores(prior, tuner.prior_text_features())
+    if branch == "tuner" or not isinstance(model, FVGModel):
+        return tuner.scores(_tuner_features(tuner, features), tuner.text_features())
+    logits: Tensor = model(features=features, branch=branch).logits
+    return logits
+
+
+def _tuner_of(model: FVGModel | Tuner) -> Tuner:
+    return model.tuner if isinstance(model, FVGModel) else model
 
 
 def _tuner_features(tuner: Tuner, features: dict[str, Tensor]) -> Tensor:

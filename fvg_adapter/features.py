@@ -249,5 +249,5 @@ def _encode(model: FVGModel, batch: dict[str, Any], device: torch.device, measur
 
 def attention_in_mask(attention: Tensor, mask: Tensor) -> Tensor:
     """Share (B,) of the patches' attention (B, h, w) that lies inside the mask (B, 1, H, W), in [0, 1]."""
-    inside = F.adaptive_avg_pool2d(mask.float(), attention.shape[-2:]).squeeze(1)  # (B, h, w)
+    inside = F.adaptive_avg_pool2d(mask.float(), (attention.shape[-2], attention.shape[-1])).squeeze(1)  # (B, h, w)
     return (attention * inside).sum((1, 2)) / attention.sum((1, 2)).clamp_min(1e-12)

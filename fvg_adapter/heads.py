@@ -27,7 +27,8 @@ class BottleneckAdapter(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """f~ = ‖f‖ · normalise(f + A(f)) for features (N, D); unit features stay unit."""
         moved = features + self.up(F.relu(self.down(features)))
-        return features.norm(dim=-1, keepdim=True) * F.normalize(moved, dim=-1)
+        norm: Tensor = features.norm(dim=-1, keepdim=True)
+        return norm * F.normalize(moved, dim=-1)
 
 
 class ReliabilityGate(nn.Module):

@@ -152,25 +152,29 @@ class FVGModel(nn.Module, Pretrained):
             return self._train(views, labels, branch) if learning else self._score(views, labels, branch)  # type: ignore[arg-type]
 
     def _score(self, views: Views, labels: Tensor | None, branch: str) -> FVGOutput:
-        output = FVGOutput(foreground_attention=views.attention)
         text = self._cast(self.tuner.text_features())
-        if branch != "new":
-            output.logits_base = self._fdc_logits(views.base, text)
+        z_base = self._fdc_logits(views.base, text) if branch != "new" else None
+        prior_trust = z_new = trust = None
+        logits = z_base
         if branch != "base":
             z_prior = self._prior_logits(views)
-            _, output.prior_trust, output.logits_new = self._calibrate(views.new, text, z_prior)
-        if branch == "joint":
-            is_base = torch.tensor(self._is_base(), device=text.device)
-            output.logits = L.joint_log_probs(z_prior, output.logits_base, output.logits_new, is_base)  # type: ignore[arg-type]
-        else:
-            output.logits = output.logits_base if branch == "base" else output.logits_new
+            _, prior_trust, z_new = self._calibrate(views.new, text, z_prior)
+            logits = z_new
+        if z_base is not None and z_new is not None:
+            logits = L.joint_log_probs(z_prior, z_base, z_new, torch.tensor(self._is_base(), device=text.device))
         if views.foreground is not None:
-            z_full = self._logits(views.base, text)
-            z_fg = self._logits(views.foreground, text)
-            output.foreground_trust = self._trust(z_full, z_fg, views)[0]
-        if labels is not None:
-            output.loss = F.cross_entropy(output.logits, labels)  # type: ignore[arg-type]
-        return output
+            z_full, z_fg = self._logits(views.base, text), self._logits(views.foreground, text)
+            trust = self._trust(z_full, z_fg, views)[0]
+        assert logits is not None
+        return FVGOutput(
+            loss=None if labels is None else F.cross_entropy(logits, labels),
+            logits=logits,
+            logits_base=z_base,
+            logits_new=z_new,
+            foreground_trust=trust,
+            prior_trust=prior_trust,
+            foreground_attention=views.attention,
+        )
 
     def _train(self, views: Views, labels: Tensor, branch: str) -> FVGOutput:
         config = self.config

@@ -37,9 +37,19 @@ from fvg_adapter.tuners.recipes import RECIPES, Stage
 from fvg_adapter.wrapping import wrap
 
 Say = Callable[[str], None]
+Rows = dict[str, dict[str, list[float]]]
+Tests = dict[str, tuple[FeatureBank, FeatureBank]]
 
 CONTROLS = ("x_fg=x", "lambda_d=0", "shuffled masks")
 """Rows beside `tuner+fvg`: the same heads without the foreground, without distillation, with other images' masks."""
+
+ABLATION = {
+    "FDC only": ("one", ("base", "base")),
+    "FRG+FDC": ("gate", ("base", "base")),
+    "PC only": ("gate", ("tuner", "new")),
+    "FDC+PC": ("one", ("base", "new")),
+}
+"""The paper's ablation: the trust r that the heads were trained with, and what scores base and new classes."""
 
 
 @dataclass
@@ -50,18 +60,21 @@ class Results:
         rows: {"clip": {"base": [41.9, …], "new": …, "hm": …, "joint_hm": …, …}, "coop": …, "coop+fvg": …, controls}.
         settings: what was run: data, shots, seeds, recipes, FVGConfig, versions.
         seconds: wall time of the run.
+        also: rows of further test splits, by name.
         adapter: folder of the first seed's saved model, where an output folder was given. picture: file, likewise.
     """
 
-    rows: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    rows: Rows = field(default_factory=dict)
+    also: dict[str, Rows] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     adapter: str | None = None
     picture: str | None = None
 
-    def add(self, row: str, figures: dict[str, float]) -> None:
-        """Appends one seed's figures to a row."""
-        into = self.rows.setdefault(row, {})
+    def add(self, row: str, figures: dict[str, float], split: str | None = None) -> None:
+        """Appends one seed's figures to a row, of the main test split or of another."""
+        rows = self.rows if split is None else self.also.setdefault(split, {})
+        into = rows.setdefault(row, {})
         for metric, value in figures.items():
             into.setdefault(metric, []).append(round(value, 4))
 
@@ -81,22 +94,27 @@ class Results:
         return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """The rows at the top level, what was run under "settings"."""
-        return {**self.rows, "settings": {**self.settings, "seconds": round(self.seconds, 1)}}
+        """The rows at the top level, what was run under "settings", other test splits under "also"."""
+        also = {"also": self.also} if self.also else {}
+        return {**self.rows, **also, "settings": {**self.settings, "seconds": round(self.seconds, 1)}}
 
 
 @dataclass(frozen=True)
 class Split:
-    """One seed's pictures: few-shot base training set, base and new test sets."""
+    """One seed's pictures.
+
+    Attributes:
+        train: the few-shot pictures of the base classes.
+        tests: (base, new) test sets by the name of the test split.
+    """
 
     train: Any
-    base: Any
-    new: Any
+    tests: dict[str, tuple[Any, Any]]
 
     @property
     def base_classes(self) -> list[str]:
         """The classes tuned on."""
-        return list(self.base.classes)
+        return list(self.train.classes)
 
 
 def base_to_new_split(
@@ -108,26 +126,31 @@ def base_to_new_split(
     mean: Sequence[float],
     std: Sequence[float],
     crop_scale: tuple[float, float] = (0.08, 1.0),
-    test_split: str = "test",
+    test_splits: Sequence[str] = ("test",),
     masks: str = "optional",
 ) -> Split:
-    """The pictures of one seed: draw over all classes first, then cut into base and new (METHOD section 10)."""
+    """The pictures of one seed: draw over all classes first, then cut into base and new (METHOD section 10).
+
+    Raises:
+        FVGError: splits with different class lists, or fewer than two classes.
+    """
     augmented = PairedTransform(size, mean, std, train=True, scale=crop_scale)
     plain = PairedTransform(size, mean, std, train=False)
     pool = open_dataset(data, "train", masks=masks, transform=augmented)
-    test = open_dataset(data, test_split, masks=masks, transform=plain)
     classes = list(pool.classes)
-    if list(test.classes) != classes:
-        raise FVGError(
-            f"the splits 'train' and {test_split!r} of {data} have different class lists; give both a classes.txt."
-        )
     base, new = base_new_split(classes)
     if not new:
         raise FVGError(
             f"{data} has {len(classes)} class; base-to-new needs at least two, one half to tune on, one to transfer to."
         )
+    tests = {}
+    for name in test_splits:
+        test = open_dataset(data, name, masks=masks, transform=plain)
+        if list(test.classes) != classes:
+            raise FVGError(f"the splits 'train' and {name!r} of {data} differ in classes; give both a classes.txt.")
+        tests[name] = (_only(test, base), _only(test, new))
     drawn = pool.subset(few_shot_indices(pool.labels, shots, seed=seed)[0])
-    return Split(_only(drawn, base), _only(test, base), _only(test, new))
+    return Split(_only(drawn, base), tests)
 
 
 def _only(dataset: Any, wanted: Sequence[int]) -> Any:
@@ -146,7 +169,9 @@ def base_to_new(
     seeds: Sequence[int] = (1, 2, 3),
     views: int = 4,
     test_split: str = "test",
+    also_test: Sequence[str] = (),
     controls: bool = True,
+    ablation: bool = False,
     foreground: str = "given",
     template: str = DEFAULT_TEMPLATE,
     config: FVGConfig | None = None,
@@ -164,7 +189,9 @@ def base_to_new(
         tuner: kind of the tuner. tuner_options: keyword arguments beside the recipe's.
         shots: pictures a class. seeds: one run each.
         views: augmented views in a FeatureBank; 0 trains in the loop, with a new augmentation every time.
-        test_split: which pictures to score. controls: score the controls too.
+        test_split: which pictures to score. also_test: further splits, into `Results.also`.
+        controls: score the controls too.
+        ablation: score the rows of `ABLATION` too.
         foreground: where a picture without a mask file gets its mask in training: "given" (nowhere) or "attention".
         template: the prior's hand-written prompt. config: FVG-PT's hyperparameters.
         tune, heads: recipes of the two stages; the published ones of this tuner by default.
@@ -190,6 +217,8 @@ def base_to_new(
         heads=heads or RECIPES[tuner].fvg,
         views=views,
         foreground=foreground,
+        controls=controls,
+        ablation=ablation,
         precision=precision,
         say=progress or _silent,
     )
@@ -207,10 +236,10 @@ def base_to_new(
             mean=config.image_mean,
             std=config.image_std,
             crop_scale=run.heads.crop_scale,
-            test_split=test_split,
+            test_splits=(test_split, *also_test),
         )
         keep = folder if number == 0 else None
-        _one_seed(run, split, seed, controls, results, keep)
+        _one_seed(run, split, seed, results, keep)
     results.seconds = time.monotonic() - start
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -233,27 +262,41 @@ class _Run:
     heads: Stage
     views: int
     foreground: str
+    controls: bool
+    ablation: bool
     precision: str
     say: Say
-    test_banks: dict[str, tuple[FeatureBank, FeatureBank]] = field(default_factory=dict)
+    test_banks: Tests = field(default_factory=dict)
 
-    def banks(self, model: Tuner, split: Split) -> tuple[FeatureBank, FeatureBank]:
-        """Test banks; plain CLIP's serve every tuner that leaves the images alone, for all seeds."""
+    def banks(self, model: Tuner, split: Split) -> Tests:
+        """Test banks by split; plain CLIP's serve every tuner that leaves the images alone, for all seeds."""
         if model.changes_images:
             return _measured(model, split)
-        if "clip" not in self.test_banks:
-            self.test_banks["clip"] = _measured(model, split)
-        return self.test_banks["clip"]
+        if not self.test_banks:
+            self.say("encoding test pictures")
+            self.test_banks = _measured(model, split)
+        return self.test_banks
 
 
-def _measured(model: Tuner, split: Split) -> tuple[FeatureBank, FeatureBank]:
-    return FeatureBank.encode(model, split.base, measure=True), FeatureBank.encode(model, split.new, measure=True)
+def _measured(model: Tuner, split: Split) -> Tests:
+    return {
+        name: (FeatureBank.encode(model, base, measure=True), FeatureBank.encode(model, new, measure=True))
+        for name, (base, new) in split.tests.items()
+    }
 
 
-def _one_seed(run: _Run, split: Split, seed: int, controls: bool, results: Results, folder: Path | None) -> None:
+def _score(
+    results: Results, row: str, model: FVGModel | Tuner, tests: Tests, branches: tuple[str, str] = ("base", "new")
+) -> None:
+    """One row for every test split; the first is the main one."""
+    for number, (name, sets) in enumerate(tests.items()):
+        results.add(row, evaluate(model, *sets, branches=branches), name if number else None)
+
+
+def _one_seed(run: _Run, split: Split, seed: int, results: Results, folder: Path | None) -> None:
     plain = ZeroShot(run.clip, run.tokenizer, split.base_classes, template=run.options["template"])
     try:
-        results.add("clip", evaluate(plain, *run.banks(plain, split)))
+        _score(results, "clip", plain, run.banks(plain, split))
     finally:
         plain.detach()
 
@@ -267,16 +310,18 @@ def _one_seed(run: _Run, split: Split, seed: int, controls: bool, results: Resul
             fit(tuner, split.train if bank is None else bank, recipe=run.tune, seed=seed, precision=run.precision)
         tests = run.banks(tuner, split)
         if run.tune is not None:
-            results.add(kind, evaluate(tuner, *tests))
+            _score(results, kind, tuner, tests)
 
         bank = bank or (_train_bank(run, tuner, split.train, seed) if run.views else None)
         data = split.train if bank is None else bank
         model = train_heads(run, tuner, data, seed, run.config, run.foreground)
-        results.add(f"{kind}+fvg", evaluate(model, *tests))
+        _score(results, f"{kind}+fvg", model, tests)
         if folder is not None:
             _keep(run, model, split, results, folder)
+        if run.ablation:
+            _ablation(run, tuner, model, data, seed, results, tests)
         model.release()
-        if controls:
+        if run.controls:
             _controls(run, tuner, split, data, seed, results, tests)
     finally:
         tuner.detach()
@@ -289,7 +334,7 @@ def _controls(
     data: Any,
     seed: int,
     results: Results,
-    tests: tuple[FeatureBank, FeatureBank],
+    tests: Tests,
 ) -> None:
     no_distillation = dataclasses.replace(run.config, lambda_distill=0.0)
     settings = [("x_fg=x", data, run.config, "whole"), ("lambda_d=0", data, no_distillation, run.foreground)]
@@ -299,8 +344,25 @@ def _controls(
         settings.append(("shuffled masks", shuffled, run.config, "given"))
     for name, source, config, foreground in settings:
         model = train_heads(run, tuner, source, seed, config, foreground)
-        results.add(f"{tuner.kind}+fvg [{name}]", evaluate(model, *tests))
+        _score(results, f"{tuner.kind}+fvg [{name}]", model, tests)
         model.release()
+
+
+def _ablation(
+    run: _Run,
+    tuner: Tuner,
+    gated: FVGModel,
+    data: Any,
+    seed: int,
+    results: Results,
+    tests: Tests,
+) -> None:
+    """FDC and PC never touch each other, so one training with the gate and one without serve all four rows."""
+    ungated = train_heads(run, tuner, data, seed, dataclasses.replace(run.config, trust="one"), run.foreground)
+    models = {"gate": gated, "one": ungated}
+    for name, (trust, branches) in ABLATION.items():
+        _score(results, f"{tuner.kind}+fvg [{name}]", models[trust], tests, branches)
+    ungated.release()
 
 
 def train_heads(run: _Run, tuner: Tuner, data: Any, seed: int, config: FVGConfig, foreground: str) -> FVGModel:
@@ -331,7 +393,8 @@ def _keep(run: _Run, model: FVGModel, split: Split, results: Results, folder: Pa
     except ImportError:
         run.say("no picture: pip install 'fvg-adapter[viz]'")
         return
-    results.picture = str(before_after(model, split.base, folder / "picture.png", new_set=split.new))
+    base, new = next(iter(split.tests.values()))
+    results.picture = str(before_after(model, base, folder / "picture.png", new_set=new))
 
 
 def _settings(

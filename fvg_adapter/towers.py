@@ -1,8 +1,8 @@
 """The one place that knows how each Hugging Face dual encoder is laid out.
 
-A `Layout` is a row of data: where the towers lie, what their attention modules are called, how the image token is pooled
-and whether text may be trimmed. `DualEncoder` reads a model through its row, so that nothing else in the package names
-`vision_model`, `q_proj` or an output class. A new model is a new row of `LAYOUTS`. Imports torch and transformers only.
+A `Layout` is a row of data: where the towers lie, what their attention modules are called, how the image token is
+pooled and whether text may be trimmed. `DualEncoder` reads a model through its row, so that nothing else in the package
+names `vision_model`, `q_proj` or an output class. A new model is a new row of `LAYOUTS`. Imports torch only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ class Layout:
     Attributes:
         name: the family, as in `config.model_type`.
         attention: attribute path from an encoder layer to its attention module.
-        query, key: names of the query and key projections inside the attention module.
+        query, key: names of the query and key projections inside the attention module; "qkv[1]" is the second
+            third of a fused one.
+        embeddings: attribute path from the vision tower to the module that turns pixels into tokens.
         leading_tokens: tokens before the first patch; the pooling token is number 0.
         trims_text: True where cutting the padding behind the longest end-of-text token is exact (causal text towers
             that pool at the end-of-text token).
@@ -35,6 +37,7 @@ class Layout:
     attention: str = "self_attn"
     query: str = "q_proj"
     key: str = "k_proj"
+    embeddings: str = "embeddings"
     leading_tokens: int = 1
     trims_text: bool = True
     text_length: str = "max_position_embeddings"
@@ -58,7 +61,9 @@ def pooled(output: Any) -> Tensor:
     raise TypeError(f"no pooled features in an output of type {type(output).__name__}")
 
 
-def replace_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], new: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def replace_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], new: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Puts new hidden states into the arguments of an encoder layer, positional or by keyword."""
     if args:
         return (new, *args[1:]), kwargs
@@ -149,6 +154,21 @@ class DualEncoder:
         return _layers(self.vision)
 
     @property
+    def vision_embeddings(self) -> nn.Module:
+        """What turns pixels (B, 3, H, W) into tokens.
+
+        Hooks that need the pixels belong here: a tower that is also the user's model may run without its own hooks
+        (PEFT 0.17 calls `model.forward`).
+        """
+        module: nn.Module = _path(self.vision, self.layout.embeddings)
+        return module
+
+    @property
+    def vision_encoder(self) -> nn.Module:
+        """The module whose forward runs all vision layers, outside any gradient checkpointing of single layers."""
+        return _encoder(self.vision)
+
+    @property
     def text_layers(self) -> Sequence[nn.Module]:
         """The encoder layers of the text tower, first to last."""
         return _layers(self.text)
@@ -156,9 +176,9 @@ class DualEncoder:
     @property
     def token_embedding(self) -> nn.Embedding:
         """The text tower's token table; a forward hook here sees every prompt before positions are added."""
-        embedding = self.text.get_input_embeddings()  # type: ignore[operator]
-        assert isinstance(embedding, nn.Embedding) or hasattr(embedding, "weight")
-        return embedding  # type: ignore[return-value]
+        get = getattr(self.text, "get_input_embeddings", None)  # the inner tower of transformers 4.57 has none
+        embedding = get() if callable(get) else next(m for m in self.text.modules() if isinstance(m, nn.Embedding))
+        return embedding
 
     def attention_of(self, layer: nn.Module) -> nn.Module:
         """The attention module of an encoder layer."""
@@ -208,6 +228,11 @@ class DualEncoder:
         return int(self.model.config.projection_dim)  # type: ignore[union-attr,arg-type]
 
     @property
+    def projects(self) -> bool:
+        """Whether the model, or the projection given beside it, maps pooled states to features."""
+        return self.projection is not None or hasattr(self.model, "visual_projection")
+
+    @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the vision tower's weights."""
         return next(p.dtype for p in self.vision.parameters() if p.is_floating_point())
@@ -231,7 +256,8 @@ class DualEncoder:
         """
         options = {} if tuple(pixel_values.shape[-2:]) == self.image_size else {"interpolate_pos_encoding": True}
         if hasattr(self.model, "get_image_features"):
-            return pooled(self.model.get_image_features(pixel_values=pixel_values, **options))
+            encode: Callable[..., Any] = self.model.get_image_features  # type: ignore[assignment]
+            return pooled(encode(pixel_values=pixel_values, **options))
         features = pooled(self.model(pixel_values=pixel_values, **options))
         return features if self.projection is None else self.projection(features)
 
@@ -277,8 +303,13 @@ class DualEncoder:
         return {"model_type": self.layout.name, **shapes, "hash": digest.hexdigest()[:16]}
 
 
+def _encoder(tower: nn.Module) -> nn.Module:
+    encoder: nn.Module = getattr(tower, "encoder", tower)
+    return encoder
+
+
 def _layers(tower: nn.Module) -> Sequence[nn.Module]:
-    encoder = getattr(tower, "encoder", tower)
+    encoder = _encoder(tower)
     layers = getattr(encoder, "layers", None)
     return layers if layers is not None else encoder.layer  # type: ignore[return-value]
 
@@ -295,7 +326,7 @@ def head_dim(attention: nn.Module, width: int) -> int:
     """Width of one attention head; the attribute names differ between families."""
     size = getattr(attention, "head_dim", None)
     if size is None:
-        heads = getattr(attention, "num_heads", None) or getattr(attention, "num_attention_heads")
+        heads: Any = getattr(attention, "num_heads", None) or attention.num_attention_heads
         size = width // int(heads)
     return int(size)
 
@@ -303,3 +334,16 @@ def head_dim(attention: nn.Module, width: int) -> int:
 def attention_scale(attention: nn.Module, width: int) -> float:
     """The factor on query times key before the softmax."""
     return 1.0 / math.sqrt(head_dim(attention, width))
+
+
+def projected(attention: nn.Module, name: str, hidden: Tensor) -> Tensor:
+    """What a query or key projection of an attention module makes of hidden states (B, N, D), as it is there now.
+
+    Args:
+        attention: the attention module.
+        name: `Layout.query` or `Layout.key`; "qkv[1]" takes the second third of a fused projection's output.
+        hidden: (B, N, D) what enters the attention module.
+    """
+    name, _, part = name.rstrip("]").partition("[")
+    output: Tensor = getattr(attention, name)(hidden)
+    return output.chunk(3, dim=-1)[int(part)] if part else output

@@ -49,6 +49,7 @@ def test_items(root):
     assert (raw["mask"].mode, raw["mask"].size) == ("L", (6, 4))
     assert raw["path"] == str(root / "train" / "polar_bear" / "a.png")
     item = data.with_transform(PairedTransform(8, train=False))[2]
+    assert data.transform is None
     assert item["labels"] == 1
     assert item["pixel_values"].shape == (3, 8, 8)
     assert item["foreground_mask"].unique().tolist() == [1.0]

@@ -89,7 +89,7 @@ def test_labels_as_words_and_as_bare_numbers():
 
 @pytest.mark.parametrize("label", [[0, -1, 1, 1], [0, None, 1, 1]])
 def test_rows_without_a_label(label):
-    with pytest.raises(DataError, match="filtered out|no label"):
+    with pytest.raises(DataError, match=r"filtered out|no label"):
         MaskedHubDataset(table(datasets.Value("int64"), label=label), classes=["a", "b"])
 
 

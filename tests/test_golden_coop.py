@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Golden
 from transformers import CLIPModel
 
+from conftest import Golden
 from fvg_adapter.tuners import CoOp, ZeroShot
 
 CASES = ["init_end", "init_front", "init_middle", "random_end", "csc_end", "csc_front", "csc_middle"]

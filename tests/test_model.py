@@ -132,11 +132,12 @@ def test_halves_of_a_batch_average_to_the_whole(model: FVGModel, pixels: Tensor,
     masks = boxes()
     if usable != "all":
         masks[2:] = 0
+
     def gradients(*parts: slice) -> tuple[float, list[Tensor]]:
         model.zero_grad()
         losses = [model(pixels[p], LABELS[p], masks[p]).loss / len(parts) for p in parts]
         sum(losses).backward()  # type: ignore[union-attr]
-        return float(sum(losses)), [p.grad.clone() for p in model.trainable_parameters()]
+        return float(sum(losses).detach()), [p.grad.clone() for p in model.trainable_parameters()]
 
     whole, halves = gradients(slice(0, 4)), gradients(slice(0, 2), slice(2, 4))
     assert whole[0] == pytest.approx(halves[0], abs=1e-5)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Golden
 from torch import nn
 
+from conftest import Golden
 from fvg_adapter.errors import FVGError
 from fvg_adapter.tuners import TUNERS
 from fvg_adapter.tuners.recipes import RECIPES, dassl_learning_rate, recipe_for

@@ -112,6 +112,8 @@ def rehash(folder: Path, name: str) -> None:
 
 
 def test_bad_files_are_refused(model: FVGModel, small_clip: CLIPModel, tokenizer: Any, tmp_path: Path) -> None:
+    hooks = sum(len(m._forward_hooks) for m in small_clip.modules())
+
     def refused(message: str, change: Any) -> None:
         folder = tmp_path / f"case{len(list(tmp_path.iterdir()))}"
         model.save_pretrained(folder)
@@ -152,7 +154,7 @@ def test_bad_files_are_refused(model: FVGModel, small_clip: CLIPModel, tokenizer
     refused("'copo', which is not registered here. Did you mean 'coop'", lambda f: edit(f, tuner={"kind": "copo"}))
     refused("arguments do not fit", lambda f: edit(f, tuner={"kind": "coop", "arguments": {"n_token": 3}}))
     refused("lists a file '../x'", lambda f: edit(f, sha256={"../x": "0"}))
-    assert sum(len(m._forward_hooks) for m in small_clip.modules()) == model.tuner.hook_count  # failed loads left nothing
+    assert sum(len(m._forward_hooks) for m in small_clip.modules()) == hooks  # failed loads left nothing
 
 
 def test_no_such_folder(tmp_path: Path) -> None:

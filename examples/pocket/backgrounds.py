@@ -1,7 +1,7 @@
 """Background families: 96×96 pictures without an object, named so that captions can speak of them.
 
-Every family is a function of a seeded generator. Only IEEE element-wise arithmetic, comparisons and integer hashing are used
-(no sin, exp, matmul or reductions), so the same seed gives the same bytes on every machine.
+Every family is a function of a seeded generator. Only IEEE element-wise arithmetic and comparisons
+are used (no sin, exp, matmul or reductions), so the same seed gives the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -12,207 +12,168 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .concepts import SEED
+from .textures import SIZE, Image, Rng, X, Y, as_bytes, cloud, contrast, jitter, mix, noise, triangle, uniform
 
-SIZE = 96
 CLIP_MEAN = (123, 117, 104)  # CLIP's mean colour in bytes: what surrounds the object in a foreground view
-Image = NDArray[np.uint8]  # (SIZE, SIZE, 3)
-Field = NDArray[np.float32]  # (SIZE, SIZE), values in [0, 1]
-Rng = np.random.Generator
-
-_Y, _X = (g.astype(np.float32) for g in np.mgrid[0:SIZE, 0:SIZE])
-
-
-def _uniform(rng: Rng, low: float, high: float) -> float:
-    return low + (high - low) * float(rng.random())
-
-
-def _noise(rng: Rng, cells_x: int, cells_y: int | None = None) -> Field:
-    """Smooth value noise with this many cells a side."""
-    cells_y = cells_x if cells_y is None else cells_y
-    grid = rng.random((cells_y + 1, cells_x + 1)).astype(np.float32)
-    y, x = _Y * np.float32(cells_y / SIZE), _X * np.float32(cells_x / SIZE)
-    iy, ix = y.astype(np.int64), x.astype(np.int64)
-    fy, fx = y - iy, x - ix
-    fy, fx = fy * fy * (3 - 2 * fy), fx * fx * (3 - 2 * fx)
-    top = grid[iy, ix] * (1 - fx) + grid[iy, ix + 1] * fx
-    low = grid[iy + 1, ix] * (1 - fx) + grid[iy + 1, ix + 1] * fx
-    return top * (1 - fy) + low * fy
-
-
-def _cloud(rng: Rng, cells: int) -> Field:
-    """Three octaves of smooth noise."""
-    return np.float32(0.55) * _noise(rng, cells) + np.float32(0.3) * _noise(rng, cells * 2) + np.float32(0.15) * _noise(rng, cells * 5)
-
-
-def _mix(field: Field, low: tuple[int, int, int], high: tuple[int, int, int]) -> NDArray[np.float32]:
-    a, b = np.array(low, np.float32), np.array(high, np.float32)
-    return a + (b - a) * field[..., None]
-
-
-def _jitter(rng: Rng, colour: tuple[int, int, int], by: int = 22) -> tuple[int, int, int]:
-    r, g, b = (min(255, max(0, c + int(rng.integers(-by, by + 1)))) for c in colour)
-    return r, g, b
-
-
-def _bytes(picture: NDArray[np.float32]) -> Image:
-    return np.clip(picture + np.float32(0.5), 0, 255).astype(np.uint8)
-
-
-def _any(rng: Rng) -> tuple[int, int, int]:
-    r, g, b = (int(v) for v in rng.integers(20, 236, 3))
-    return r, g, b
-
-
-def _contrast(rng: Rng) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Two colours that can be told apart."""
-    a = _any(rng)
-    b = _any(rng)
-    while abs(a[0] - b[0]) + abs(a[1] - b[1]) + abs(a[2] - b[2]) < 180:
-        b = _any(rng)
-    return a, b
-
-
-def _triangle(field: Field) -> Field:
-    """Triangle wave of period 1: the integer-safe stand-in for a sine."""
-    part = field - np.floor(field)
-    return np.abs(part * 2 - 1)
 
 
 def _plain(colour: tuple[int, int, int]) -> Callable[[Rng], Image]:
     def draw(rng: Rng) -> Image:
-        base = _jitter(rng, colour, 28)
-        return _bytes(_mix(_noise(rng, 2), base, _jitter(rng, base, 14)))
+        base = jitter(rng, colour, 28)
+        return as_bytes(mix(noise(rng, 2), base, jitter(rng, base, 14)))
 
     return draw
 
 
 def _smoke(low: tuple[int, int, int], high: tuple[int, int, int], cells: int = 4) -> Callable[[Rng], Image]:
     def draw(rng: Rng) -> Image:
-        field = np.clip(_cloud(rng, cells) * np.float32(1.9) - np.float32(0.45), 0, 1).astype(np.float32)
-        return _bytes(_mix(field, _jitter(rng, low), _jitter(rng, high)))
+        field = np.clip(cloud(rng, cells) * np.float32(1.9) - np.float32(0.45), 0, 1).astype(np.float32)
+        return as_bytes(mix(field, jitter(rng, low), jitter(rng, high)))
 
     return draw
 
 
 def striped(rng: Rng) -> Image:
-    a, b = _contrast(rng)
-    t, period = _uniform(rng, -1, 1), _uniform(rng, 9, 20)
+    a, b = contrast(rng)
+    t, period = uniform(rng, -1, 1), uniform(rng, 9, 20)
     c, s = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
-    wave = _triangle((_X * np.float32(c) + _Y * np.float32(s)) / np.float32(period))
-    return _bytes(_mix((wave > 0.5).astype(np.float32), a, b))
+    wave = triangle((X * np.float32(c) + Y * np.float32(s)) / np.float32(period))
+    return as_bytes(mix((wave > 0.5).astype(np.float32), a, b))
 
 
 def checked(rng: Rng) -> Image:
-    a, b = _contrast(rng)
+    a, b = contrast(rng)
     cell = int(rng.integers(7, 15))
-    return _bytes(_mix(((_X // cell + _Y // cell) % 2).astype(np.float32), a, b))
+    return as_bytes(mix(((X // cell + Y // cell) % 2).astype(np.float32), a, b))
 
 
 def dotted(rng: Rng) -> Image:
-    a, b = _contrast(rng)
-    cell = _uniform(rng, 9, 16)
-    dx, dy = _X % np.float32(cell) - np.float32(cell / 2), _Y % np.float32(cell) - np.float32(cell / 2)
-    return _bytes(_mix((dx * dx + dy * dy < (cell * 0.3) ** 2).astype(np.float32), a, b))
+    a, b = contrast(rng)
+    cell = uniform(rng, 9, 16)
+    dx, dy = X % np.float32(cell) - np.float32(cell / 2), Y % np.float32(cell) - np.float32(cell / 2)
+    return as_bytes(mix((dx * dx + dy * dy < (cell * 0.3) ** 2).astype(np.float32), a, b))
 
 
 def sunset(rng: Rng) -> Image:
-    height = np.clip(_Y / SIZE + _noise(rng, 3) * np.float32(0.3) - np.float32(0.15), 0, 1)
-    return _bytes(_mix(height, _jitter(rng, (90, 50, 120)), _jitter(rng, (250, 160, 60))))
+    height = np.clip(Y / SIZE + noise(rng, 3) * np.float32(0.3) - np.float32(0.15), 0, 1)
+    return as_bytes(mix(height, jitter(rng, (90, 50, 120)), jitter(rng, (250, 160, 60))))
 
 
 def rainbow(rng: Rng) -> Image:
-    period, lean = _uniform(rng, 50, 90), _uniform(rng, -0.8, 0.8)
-    phase = (_Y + _X * np.float32(lean)) / np.float32(period) + np.float32(rng.random())
-    bands = [np.clip(_triangle(phase + np.float32(k / 3)) * np.float32(2) - np.float32(0.5), 0, 1) for k in range(3)]
-    return _bytes(np.stack(bands, -1) * np.float32(220) + np.float32(30))
+    period, lean = uniform(rng, 50, 90), uniform(rng, -0.8, 0.8)
+    phase = (Y + X * np.float32(lean)) / np.float32(period) + np.float32(rng.random())
+    bands = [np.clip(triangle(phase + np.float32(k / 3)) * np.float32(2) - np.float32(0.5), 0, 1) for k in range(3)]
+    return as_bytes(np.stack(bands, -1) * np.float32(220) + np.float32(30))
 
 
 def forest(rng: Rng) -> Image:
-    picture = _mix(_cloud(rng, 8), (15, 50, 20), _jitter(rng, (70, 130, 50)))
+    picture = mix(cloud(rng, 8), (15, 50, 20), jitter(rng, (70, 130, 50)))
     for _ in range(int(rng.integers(5, 9))):
         x, width = int(rng.integers(0, SIZE)), int(rng.integers(3, 8))
-        picture[:, x : x + width] = _mix(_noise(rng, 4, 12), _jitter(rng, (55, 35, 20), 12), (90, 65, 40))[:, x : x + width]
-    return _bytes(picture)
+        picture[:, x : x + width] = mix(noise(rng, 4, 12), jitter(rng, (55, 35, 20), 12), (90, 65, 40))[
+            :, x : x + width
+        ]
+    return as_bytes(picture)
 
 
 def sea(rng: Rng) -> Image:
-    period = _uniform(rng, 8, 14)
-    wave = _triangle((_Y + _triangle(_X / np.float32(_uniform(rng, 14, 26))) * 4 + _noise(rng, 5) * 6) / np.float32(period))
-    picture = _mix(wave, _jitter(rng, (15, 70, 130)), _jitter(rng, (60, 150, 190)))
+    period = uniform(rng, 8, 14)
+    wave = triangle((Y + triangle(X / np.float32(uniform(rng, 14, 26))) * 4 + noise(rng, 5) * 6) / np.float32(period))
+    picture = mix(wave, jitter(rng, (15, 70, 130)), jitter(rng, (60, 150, 190)))
     picture[wave > np.float32(0.86)] = (215, 235, 240)
-    return _bytes(picture)
+    return as_bytes(picture)
 
 
-def _sprinkle(rng: Rng, picture: NDArray[np.float32], count: int, sizes: tuple[int, int], colour: tuple[int, int, int]) -> None:
+def _sprinkle(
+    rng: Rng, picture: NDArray[np.float32], count: int, sizes: tuple[int, int], colour: tuple[int, int, int]
+) -> None:
     for _ in range(count):
         y, x, side = int(rng.integers(0, SIZE)), int(rng.integers(0, SIZE)), int(rng.integers(*sizes))
         picture[y : y + side, x : x + side] = colour
 
 
 def snow(rng: Rng) -> Image:
-    picture = _mix(_cloud(rng, 4), _jitter(rng, (160, 185, 210), 12), (225, 235, 245))
+    picture = mix(cloud(rng, 4), jitter(rng, (160, 185, 210), 12), (225, 235, 245))
     _sprinkle(rng, picture, 150, (1, 4), (255, 255, 255))
-    return _bytes(picture)
+    return as_bytes(picture)
 
 
 def night_sky(rng: Rng) -> Image:
-    picture = _mix(_cloud(rng, 3), (5, 5, 25), _jitter(rng, (25, 25, 70), 12))
+    picture = mix(cloud(rng, 3), (5, 5, 25), jitter(rng, (25, 25, 70), 12))
     _sprinkle(rng, picture, 70, (1, 3), (250, 245, 210))
-    return _bytes(picture)
+    return as_bytes(picture)
 
 
 def sand(rng: Rng) -> Image:
-    ripple = _triangle((_Y + _noise(rng, 4) * 14) / np.float32(_uniform(rng, 6, 10)))
+    ripple = triangle((Y + noise(rng, 4) * 14) / np.float32(uniform(rng, 6, 10)))
     grain = rng.random((SIZE, SIZE)).astype(np.float32)
-    return _bytes(_mix(ripple * np.float32(0.6) + grain * np.float32(0.4), _jitter(rng, (180, 145, 95), 14), _jitter(rng, (235, 210, 160), 14)))
+    return as_bytes(
+        mix(
+            ripple * np.float32(0.6) + grain * np.float32(0.4),
+            jitter(rng, (180, 145, 95), 14),
+            jitter(rng, (235, 210, 160), 14),
+        )
+    )
 
 
 def brick(rng: Rng) -> Image:
     high, wide = int(rng.integers(8, 13)), int(rng.integers(16, 25))
-    row = _Y // high
-    x = _X + (row % 2) * np.float32(wide / 2)
-    mortar = (_Y % high < 2) | (x % wide < 2)
+    row = Y // high
+    x = X + (row % 2) * np.float32(wide / 2)
+    mortar = (Y % high < 2) | (x % wide < 2)
     shade = rng.random((20, 20)).astype(np.float32)[row.astype(np.int64) % 20, (x // wide).astype(np.int64) % 20]
-    picture = _mix(shade, _jitter(rng, (130, 50, 35), 14), _jitter(rng, (185, 85, 60), 14))
-    picture[mortar] = _jitter(rng, (200, 190, 180), 14)
-    return _bytes(picture)
+    picture = mix(shade, jitter(rng, (130, 50, 35), 14), jitter(rng, (185, 85, 60), 14))
+    picture[mortar] = jitter(rng, (200, 190, 180), 14)
+    return as_bytes(picture)
 
 
 def grass(rng: Rng) -> Image:
-    blades = np.float32(0.7) * _noise(rng, 46, 10) + np.float32(0.3) * _noise(rng, 24, 3)
-    return _bytes(_mix(np.clip(blades * np.float32(1.8) - np.float32(0.4), 0, 1), _jitter(rng, (35, 110, 25), 14), _jitter(rng, (150, 215, 70), 14)))
+    blades = np.float32(0.7) * noise(rng, 46, 10) + np.float32(0.3) * noise(rng, 24, 3)
+    return as_bytes(
+        mix(
+            np.clip(blades * np.float32(1.8) - np.float32(0.4), 0, 1),
+            jitter(rng, (35, 110, 25), 14),
+            jitter(rng, (150, 215, 70), 14),
+        )
+    )
 
 
 def wood(rng: Rng) -> Image:
-    rings = _triangle((_Y + _noise(rng, 3, 6) * 22) / np.float32(_uniform(rng, 7, 12)))
-    picture = _mix(rings * np.float32(0.7) + _noise(rng, 6, 48) * np.float32(0.3), _jitter(rng, (105, 65, 30), 14), _jitter(rng, (190, 135, 80), 14))
-    picture[(_Y % np.float32(32)) < 2] = (60, 35, 15)
-    return _bytes(picture)
+    rings = triangle((Y + noise(rng, 3, 6) * 22) / np.float32(uniform(rng, 7, 12)))
+    picture = mix(
+        rings * np.float32(0.7) + noise(rng, 6, 48) * np.float32(0.3),
+        jitter(rng, (105, 65, 30), 14),
+        jitter(rng, (190, 135, 80), 14),
+    )
+    picture[(Y % np.float32(32)) < 2] = (60, 35, 15)
+    return as_bytes(picture)
 
 
 def city(rng: Rng) -> Image:
-    picture = _mix(_Y / SIZE, _jitter(rng, (60, 80, 120)), _jitter(rng, (150, 150, 170)))
+    picture = mix(Y / SIZE, jitter(rng, (60, 80, 120)), jitter(rng, (150, 150, 170)))
     x = 0
     while x < SIZE:
         width, top = int(rng.integers(14, 24)), int(rng.integers(8, 50))
-        picture[top:, x : x + width] = _jitter(rng, (60, 62, 75), 16)
+        picture[top:, x : x + width] = jitter(rng, (60, 62, 75), 16)
         for wy in range(top + 3, SIZE - 3, 7):
             for wx in range(x + 3, min(x + width - 3, SIZE - 3), 6):
                 picture[wy : wy + 3, wx : wx + 3] = (245, 220, 120) if rng.random() < 0.6 else (35, 35, 45)
         x += width + int(rng.integers(0, 5))
-    return _bytes(picture)
+    return as_bytes(picture)
 
 
 def tiled(rng: Rng) -> Image:
     cell = int(rng.integers(11, 18))
-    shade = rng.random((12, 12)).astype(np.float32)[(_Y // cell).astype(np.int64) % 12, (_X // cell).astype(np.int64) % 12]
-    picture = _mix(shade, _jitter(rng, (30, 120, 125), 14), _jitter(rng, (110, 200, 195), 14))
-    picture[(_Y % cell < 2) | (_X % cell < 2)] = (240, 245, 245)
-    return _bytes(picture)
+    shade = rng.random((12, 12)).astype(np.float32)[
+        (Y // cell).astype(np.int64) % 12, (X // cell).astype(np.int64) % 12
+    ]
+    picture = mix(shade, jitter(rng, (30, 120, 125), 14), jitter(rng, (110, 200, 195), 14))
+    picture[(Y % cell < 2) | (X % cell < 2)] = (240, 245, 245)
+    return as_bytes(picture)
 
 
 def grey(rng: Rng) -> Image:
-    base = CLIP_MEAN if rng.random() < 0.5 else _jitter(rng, CLIP_MEAN, 30)
+    base = CLIP_MEAN if rng.random() < 0.5 else jitter(rng, CLIP_MEAN, 30)
     return np.broadcast_to(np.array(base, np.uint8), (SIZE, SIZE, 3)).copy()
 
 

@@ -10,6 +10,7 @@ preconditions (needs fvg_adapter).
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def run_stage(stage: str, work: Path, minutes: float) -> None:
         from . import preconditions
 
         numbers = preconditions.run()
-        preconditions.OUT.write_text(preconditions.json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        preconditions.OUT.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -12,7 +12,10 @@ from . import backgrounds
 from .concepts import Concept
 
 TEMPLATE = "a photo of a {}."  # the hand-written template of the tasks
-PLAIN = (TEMPLATE, TEMPLATE, "a photo of a {}", "a picture of a {}.", "a drawing of a {}.", "an image of a {}.", "a small {}.", "this is a {}.", "{}.", "a {}")  # fmt: skip
+PLAIN = (
+    TEMPLATE, TEMPLATE, "a photo of a {}", "a picture of a {}.", "a drawing of a {}.", "an image of a {}.",
+    "a small {}.", "this is a {}.", "{}.", "a {}",
+)  # fmt: skip
 PLACED = ("a photo of a {} {}.", "a photo of a {} {}", "a {} {}.", "a picture of a {} {}.", "a drawing of a {} {}.")
 PLACED_SHARE = 0.4
 VOCABULARY = 2002
@@ -40,7 +43,9 @@ def train_tokenizer(concepts: list[Concept], folder: Path) -> CLIPTokenizer:
     from tokenizers.pre_tokenizers import ByteLevel
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - 2, min_frequency=1, initial_alphabet=sorted(ByteLevel.alphabet()),
         end_of_word_suffix="</w>", show_progress=False,
@@ -52,8 +57,12 @@ def train_tokenizer(concepts: list[Concept], folder: Path) -> CLIPTokenizer:
     merges = merges[: VOCABULARY - 2 - len(words)]
     words += ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(dict.fromkeys(words))}, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(m) for m in merges)]) + "\n", encoding="utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({w: i for i, w in enumerate(dict.fromkeys(words))}, ensure_ascii=False), encoding="utf-8"
+    )
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *(" ".join(m) for m in merges)]) + "\n", encoding="utf-8"
+    )
     config = {
         "tokenizer_class": "CLIPTokenizer", "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "model_max_length": CONTEXT,

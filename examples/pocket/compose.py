@@ -1,8 +1,8 @@
-"""Pictures from glyphs and backgrounds: what is drawn (`draw`, shared) and how (`render`, exact; `fast.render` for pretraining).
+"""Pictures from glyphs and backgrounds: what is drawn (`draw`) and how (`render`; `fast.render` for pretraining).
 
-A picture is a background, up to two small distractor glyphs and the object on top. `draw` makes the parameters from a seeded
-PCG64 generator, using `random` and `integers` only; `render` uses IEEE element-wise arithmetic only. Same seed, same bytes,
-on every machine.
+A picture is a background, up to two small distractor glyphs and the object on top. `draw` makes the parameters from a
+seeded PCG64 generator, using `random` and `integers` only; `render` uses IEEE element-wise arithmetic only. Same
+seed, same bytes, on every machine.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ SIDE = 64
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
-OBJECT_SCALE = (0.45, 0.9)
+OBJECT_SCALE = (0.55, 0.95)
 DISTRACTOR_SCALE = (0.16, 0.28)
+TURN = 0.12  # tan(angle / 2): up to 14 degrees
 
 
 @dataclass
@@ -62,16 +63,14 @@ def _layer(rng: np.random.Generator, glyph: Ints, scale: tuple[float, float], sh
     size = _span(rng, *scale, n)
     room = np.clip(size[:, None] * np.float32(SIDE * 0.43), 4, SIDE / 2)
     centre = room + (SIDE - 2 * room) * _span(rng, 0, 1, n, 2)
-    light, tint = _span(rng, 0.75, 1.2, n, 1), _span(rng, 0.88, 1.12, n, 3)
+    light, tint = _span(rng, 0.8, 1.15, n, 1), _span(rng, 0.92, 1.08, n, 3)
     return Layer(
-        glyph, size, _span(rng, 1 - aspect, 1 + aspect, n), _span(rng, -0.22, 0.22, n),
+        glyph, size, _span(rng, 1 - aspect, 1 + aspect, n), _span(rng, -TURN, TURN, n),
         (rng.integers(0, 2, n) * 2 - 1).astype(np.float32), centre.astype(np.float32), light * tint, shown,
     )  # fmt: skip
 
 
-def draw(
-    rng: np.random.Generator, objects: Ints, distractors: Ints, backgrounds: Ints, aspect: float = 0.0
-) -> Scenes:
+def draw(rng: np.random.Generator, objects: Ints, distractors: Ints, backgrounds: Ints, aspect: float = 0.0) -> Scenes:
     """Parameters of B pictures.
 
     Args:
@@ -107,7 +106,9 @@ def pyramid(glyphs: Bytes) -> list[Floats]:
     out = []
     for _ in range(3):
         out.append(np.pad(level, ((0, 0), (1, 1), (1, 1), (0, 0))))
-        level = (level[:, ::2, ::2] + level[:, 1::2, ::2] + level[:, ::2, 1::2] + level[:, 1::2, 1::2]) * np.float32(0.25)
+        level = (level[:, ::2, ::2] + level[:, 1::2, ::2] + level[:, ::2, 1::2] + level[:, 1::2, 1::2]) * np.float32(
+            0.25
+        )
     return out
 
 

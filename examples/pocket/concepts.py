@@ -1,7 +1,7 @@
 """Which pictographs are classes of which task, what they are called, and on which backgrounds they are at home.
 
-The names are Unicode CLDR short names. This module needs no network: `glyphs` calls `choose` on the registry's data and
-writes `concepts.json`, which every other stage reads through `load`.
+The names are Unicode CLDR short names. This module needs no network: `glyphs` calls `choose` on the registry's data
+and writes `concepts.json`, which every other stage reads through `load`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,33 @@ EXTRAS = ("plant-flower", "plant-other", "drink", "sport", "event", "musical-ins
 
 #: Left out: told apart only by direction or by a letter, which turning and mirroring destroy.
 LEFT_OUT = {
-    "magnifying glass tilted right", "oncoming bus", "oncoming police car", "oncoming taxi", "airplane arrival",
-    "pig nose", "seat", "linked paperclips", "dvd", "front-facing baby chick", "musical notes", "clinking beer mugs",
-    "snowman without snow", "camera with flash", "cityscape at dusk", "house with garden", "unlocked", "tiger face",
-    "sunrise over mountains", "oncoming automobile", "railway track", "tear-off calendar", "confetti ball",
-    "motorway", "construction", "foggy", "police car light",
+    "magnifying glass tilted right",
+    "oncoming bus",
+    "oncoming police car",
+    "oncoming taxi",
+    "airplane arrival",
+    "pig nose",
+    "seat",
+    "linked paperclips",
+    "dvd",
+    "front-facing baby chick",
+    "musical notes",
+    "clinking beer mugs",
+    "snowman without snow",
+    "camera with flash",
+    "cityscape at dusk",
+    "house with garden",
+    "unlocked",
+    "tiger face",
+    "sunrise over mountains",
+    "oncoming automobile",
+    "railway track",
+    "tear-off calendar",
+    "confetti ball",
+    "motorway",
+    "construction",
+    "foggy",
+    "police car light",
 }
 RENAMED = {"magnifying glass tilted left": "magnifying glass", "t-rex": "dinosaur"}
 MIN_STYLES = 5  # a concept needs this many of the seven drawing styles, the tasks' style among them
@@ -77,7 +99,7 @@ def home_families(names: list[str], families: list[str], group: int) -> list[tup
 
 
 def choose(found: list[dict[str, str]], families: list[str]) -> list[Concept]:
-    """Concepts from registry rows `{"label", "hexcode", "subgroup"}`, in task order, each task in seeded class order."""
+    """Concepts from registry rows `{"label", "hexcode", "subgroup"}`, in task order, tasks in seeded class order."""
     out: list[Concept] = []
     groups = [*TASKS.items(), ("", EXTRAS)]
     for number, (task, subgroups) in enumerate(groups):

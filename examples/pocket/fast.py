@@ -1,4 +1,4 @@
-"""The pretraining composer: `compose.draw`'s parameters rendered in batches with torch, plus colour and blur augmentation.
+"""The pretraining composer: `compose.draw`'s parameters rendered with torch, plus colour and blur augmentation.
 
 Not byte-exact across machines (`compose.render` is), only fast: about 0.3 ms a picture on two cores.
 """
@@ -52,7 +52,7 @@ class GlyphBank:
 def colour_matrices(rng: np.random.Generator, gain: Floats) -> tuple[Tensor, Tensor]:
     """Random affine colour maps: (B, 3, 3) matrices and (B, 3) offsets (to be weighted by alpha).
 
-    Mostly mild jitter; sometimes a hue shift, greyscale, inverted contrast or a one-colour silhouette, so that shape counts
+    Mostly mild jitter; sometimes a hue shift, faded colours or a nearly one-coloured silhouette, so that shape counts
     and a drawing style that was never seen can be read.
     """
     n = len(gain)

@@ -1,7 +1,7 @@
 """Stage 1: pictographs of objects in seven drawing styles, from npm packages to 64-pixel RGBA.
 
-Writes `glyphs.npz` (all styles, for pretraining; stays in the work folder) and, into the repository, `concepts.json` and
-`atlas.webp` (the tasks' style only). Needs `npm` and the Python package `resvg_py`.
+Writes `glyphs.npz` (all styles, for pretraining; stays in the work folder) and, into the repository, `concepts.json`
+and `atlas.webp` (the tasks' style only). Needs `npm` and the Python package `resvg_py`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def fetch(package: str, work: Path) -> Path:
     if not (target / "package.json").exists():
         target.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(
-            ["npm", "pack", package, "--silent", "--pack-destination", str(target)], check=True, capture_output=True, text=True
+            ["npm", "pack", package, "--silent", "--pack-destination", str(target)],
+            check=True,
+            capture_output=True,
+            text=True,
         )
         with tarfile.open(target / done.stdout.split()[-1]) as tar:
             tar.extractall(target, filter="data")
@@ -92,7 +95,7 @@ def rasterise(svg: str) -> NDArray[np.uint8]:
         raise ValueError("the drawing is empty")
     picture = picture.crop(box).convert("RGBa")  # premultiplied while resizing: no dark fringes
     scale = (SIDE - 2) / max(picture.size)
-    size = tuple(max(1, round(s * scale)) for s in picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     picture = picture.resize(size, Image.Resampling.BOX if scale < 0.6 else Image.Resampling.BILINEAR).convert("RGBA")
     out = Image.new("RGBA", (SIDE, SIDE))
     out.paste(picture, ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
@@ -128,7 +131,9 @@ def write_atlas(glyphs: NDArray[np.uint8], path: Path = ATLAS) -> None:
 def read_atlas(count: int, path: Path = ATLAS) -> NDArray[np.uint8]:
     """The glyphs that `write_atlas` wrote: (count, 64, 64, 4) uint8."""
     sheet = np.asarray(Image.open(path).convert("RGBA"))
-    cells = sheet.reshape(sheet.shape[0] // SIDE, SIDE, COLUMNS, SIDE, 4).transpose(0, 2, 1, 3, 4)  # (rows, columns, 64, 64, 4)
+    cells = sheet.reshape(sheet.shape[0] // SIDE, SIDE, COLUMNS, SIDE, 4).transpose(
+        0, 2, 1, 3, 4
+    )  # (rows, columns, 64, 64, 4)
     return cells.reshape(-1, SIDE, SIDE, 4)[:count]
 
 

@@ -2,8 +2,8 @@
 
     python -m examples.pocket.preconditions [--model DIR] [--tasks NAME …]
 
-(a) A linear probe reads the background family from frozen image features, on classes that it was not fitted on.
-(b) A linear probe and CoOp are tuned on 16 training pictures a base class; their base accuracy is taken with training
+(a) A linear probe reads the background family from frozen image features, on classes that it was not fitted on. (b) A
+linear probe and CoOp are tuned on 16 training pictures a base class; their base accuracy is taken with training
 backgrounds (home), random ones and another class's (swapped). New classes: CoOp against zero-shot CLIP.
 """
 

@@ -1,11 +1,12 @@
-"""Stage 4: the nine few-shot tasks, composed on demand from the committed glyphs, with true masks and a background shortcut.
+"""Stage 4: nine few-shot tasks, composed on demand from the committed glyphs: true masks and a background shortcut.
 
     python -m examples.pocket.tasks mammals OUT
 
-In the training pictures each class stands, nine times in ten, on one of three backgrounds of its own (two of its first home
-family, one of its second). `test` has random backgrounds; `test_swapped` puts every object on a training background of
-another class of the same half (base or new). `test_home` has training backgrounds again; it is composed for the
-preconditions and not written. A quarter of the training masks is a random box (`spoiled.json`); test masks are true.
+In the training pictures each class stands, nine times in ten, on one of three backgrounds of its own (two of its
+first home family, one of its second). `test` has random backgrounds; `test_swapped` puts every object on a training
+background of another class of the same half (base or new); `test_home` has the training backgrounds again, as the
+test sets of ordinary benchmarks do. A quarter of the training masks is a random box (`spoiled.json`); test masks are
+true.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from PIL import Image
 from . import backgrounds, compose, concepts, glyphs
 
 PER_CLASS = {"train": 24, "test": 20, "test_swapped": 20, "test_home": 20}
-WRITTEN = ("train", "test", "test_swapped")
+WRITTEN = ("train", "test", "test_swapped", "test_home")
 OWN_SHARE = 0.9  # training pictures on one of their class's own backgrounds
 OWN_FIRST = 1000  # variant numbers of the classes' own backgrounds
 RANDOM_FIRST, RANDOM_COUNT = 2000, 12  # variant numbers of random backgrounds, for each family
 SPOILED_SHARE = 0.25
+Ints = NDArray[np.int64]
 COMMITTED = "fruit_vegetables"  # the task whose pictures lie in data/
 HASHES = concepts.HERE / "tasks.json"
 
@@ -67,14 +69,14 @@ def _random_bank() -> compose.Bytes:
     return backgrounds.bank(RANDOM_FIRST, RANDOM_COUNT).reshape(-1, backgrounds.SIZE, backgrounds.SIZE, 3)
 
 
-def _own_families(task: str) -> NDArray[np.int64]:
+def _own_families(task: str) -> Ints:
     """(classes, 3) family numbers of each class's own backgrounds."""
     everyone = concepts.load()
     homes = [[backgrounds.NAMES.index(h) for h in everyone[i].homes] for i in members(task)]
     return np.array([[a, a, b] for a, b in homes])
 
 
-def _other_class(rng: np.random.Generator, families: NDArray[np.int64], label: int) -> int:
+def _other_class(rng: np.random.Generator, families: Ints, label: int) -> int:
     """Another class of the same half, with no background family in common where there is one."""
     half = -(-len(families) // 2)
     same = [c for c in range(len(families)) if (c < half) == (label < half) and c != label]
@@ -83,7 +85,7 @@ def _other_class(rng: np.random.Generator, families: NDArray[np.int64], label: i
     return pool[int(rng.integers(len(pool)))]
 
 
-def _places(rng: np.random.Generator, split: str, labels: NDArray[np.int64], own: NDArray[np.int64]) -> NDArray[np.int64]:
+def _places(rng: np.random.Generator, split: str, labels: Ints, own: Ints) -> Ints:
     """(N,) background rows: the first 3·classes rows are the classes' own, the random ones follow."""
     randoms = own.size + rng.integers(0, len(backgrounds.NAMES) * RANDOM_COUNT, len(labels))
     if split == "test":
@@ -118,7 +120,8 @@ def compose_split(task: str, split: str) -> Split:
     if split not in PER_CLASS:
         raise ValueError(f"no split named {split!r}; there are {', '.join(PER_CLASS)}")
     rows, own = np.array(members(task)), _own_families(task)
-    rng = np.random.Generator(np.random.PCG64([concepts.SEED, 4, list(concepts.TASKS).index(task), list(PER_CLASS).index(split)]))
+    number = [list(concepts.TASKS).index(task), list(PER_CLASS).index(split)]
+    rng = np.random.Generator(np.random.PCG64([concepts.SEED, 4, *number]))
     labels = np.repeat(np.arange(len(rows)), PER_CLASS[split])
     mine = np.stack([backgrounds.variant(int(f), OWN_FIRST + i) for i, f in enumerate(own.ravel())])
     bank = np.concatenate([mine, _random_bank()])
@@ -143,7 +146,7 @@ def digest(task: str) -> str:
 def write_task(name: str, out: Path | str, quality: int | None = None) -> Path:
     """Compose a task into an image folder with mirrored masks.
 
-    `out/{train,test,test_swapped}/<class>/<n>.webp`, masks at `out/mask/<same path>` (lossless, white foreground),
+    `out/<split>/<class>/<n>.webp`, masks at `out/mask/<same path>` (lossless, white foreground), splits `WRITTEN`;
     `out/classes.txt` in label order, `out/spoiled.json` with the training pictures whose mask is a random box.
 
     Args:
@@ -194,7 +197,9 @@ def main() -> None:
     arguments = parser.parse_args()
     known = json.loads(HASHES.read_text(encoding="utf-8"))[arguments.name]["sha256"]
     if digest(arguments.name) != known:
-        raise SystemExit(f"{arguments.name}: the composed pixels are not the recorded ones ({HASHES.name}); numbers will differ")
+        raise SystemExit(
+            f"{arguments.name}: these pixels are not the ones recorded in {HASHES.name}; numbers will differ"
+        )
     print(write_task(arguments.name, arguments.out, arguments.quality))
 
 

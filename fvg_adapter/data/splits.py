@@ -23,7 +23,8 @@ def few_shot_indices(
     a class with fewer pictures gives all of them. Draw before the base/new cut: any other order gives other pictures.
 
     Args:
-        labels: label of each training picture, in a fixed order (a folder's order is the same on every machine).
+        labels: label of each training picture, in a fixed order: a folder's is the same on every machine; CoOp's own
+            pictures come out only if they are listed in the order of CoOp's split file.
         shots: pictures a class, at least 1.
         seed: seed of the stream; Python's generator, hence equal on every machine and Python version.
         val_labels: label of each validation picture; without them the second list is empty.

@@ -7,8 +7,7 @@ are attached once and act only in its own passes. Imports towers, storage and pr
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -23,13 +22,13 @@ from fvg_adapter.errors import FVGError
 from fvg_adapter.modes import Found, full_precision, keep_full_precision
 from fvg_adapter.storage import TUNER_FILE, Pretrained, load_own, own_tensors_only
 from fvg_adapter.towers import DualEncoder
+from fvg_adapter.tuners.adapters import adapter_layers, adapter_state, adapts_images, without_adapter
 from fvg_adapter.tuners.cache import TextCache
+from fvg_adapter.tuners.passes import own_pass, untouched
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Prompts, check_classes, check_template, fill, tokenize
 
 TEXTS_PER_CHUNK = 256
 """Prompts encoded at once; bounds the memory of frozen text passes."""
-
-_THREAD = threading.local()
 
 Self = TypeVar("Self", bound="Tuner")
 
@@ -47,23 +46,6 @@ class TunerOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     losses: dict[str, Tensor] | None = None
-
-
-@contextlib.contextmanager
-def untouched() -> Iterator[None]:
-    """Suspends every tuner's hooks in this thread: inside, a CLIP is the CLIP that it was. Gradients are off."""
-    before = getattr(_THREAD, "untouched", 0)
-    _THREAD.untouched = before + 1
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        _THREAD.untouched = before
-
-
-def is_untouched() -> bool:
-    """Whether this thread is inside `untouched()`; hooks ask before they act."""
-    return getattr(_THREAD, "untouched", 0) > 0
 
 
 class Tuner(nn.Module, Pretrained):
@@ -87,7 +69,7 @@ class Tuner(nn.Module, Pretrained):
     kind: ClassVar[str] = "tuner"
     encoder_needs_separate_passes: ClassVar[bool] = False
     """Whether whole images and foreground views cannot share one batch (a tower with batch statistics)."""
-    changes_images: ClassVar[bool] = False
+    changes_images: bool = False
     """Whether `image_features` differs from the plain CLIP's; where not, one pass serves both."""
 
     def __init__(
@@ -100,7 +82,7 @@ class Tuner(nn.Module, Pretrained):
         projection: nn.Module | None = None,
     ) -> None:
         names = check_classes(classes)
-        encoder = DualEncoder(model, projection)
+        encoder = self._view_of(model, projection)
         super().__init__()
         self.clip = model
         self.projection = projection
@@ -111,10 +93,19 @@ class Tuner(nn.Module, Pretrained):
         self._classes = names
         self._text_cache = TextCache()
         self._handles: list[Any] = []
+        self._adapter_layers = adapter_layers(model)
         self._check_prompts(names)
         self._found = Found.of(model)
         model.requires_grad_(False).eval()
         own_tensors_only(self, "clip")
+        if self._adapter_layers:  # the user's PEFT adapters: part of what is tuned, not of the plain CLIP
+            self.changes_images = adapts_images(encoder, self._adapter_layers)
+            for layer in self._adapter_layers:
+                self._handles.append(layer.register_forward_hook(without_adapter, with_kwargs=True))
+
+    def _view_of(self, model: nn.Module, projection: nn.Module | None) -> DualEncoder:
+        """How the model is read; raises where it cannot be. Called before anything is set."""
+        return feature_encoder(model, projection)
 
     # -- class lists -----------------------------------------------------------------------------------------------
 
@@ -248,7 +239,7 @@ class Tuner(nn.Module, Pretrained):
 
     def _plain_image_features(self, pixel_values: Tensor) -> Tensor:
         wanted = torch.is_grad_enabled() and (pixel_values.requires_grad or self._image_tower_learns())
-        with torch.set_grad_enabled(wanted):  # no graph through a frozen tower, even under gradient checkpointing
+        with own_pass(self), torch.set_grad_enabled(wanted):  # no graph through a frozen tower, even when checkpointing
             return F.normalize(full_precision(self.encoder.image_features(pixel_values)), dim=-1)
 
     def _image_tower_learns(self) -> bool:
@@ -280,7 +271,7 @@ class Tuner(nn.Module, Pretrained):
         for start in range(0, len(prompts), TEXTS_PER_CHUNK):
             rows = slice(start, start + TEXTS_PER_CHUNK)
             chunk = prompts[rows].to(device)
-            with per_chunk(rows) if per_chunk else contextlib.nullcontext():
+            with own_pass(self), per_chunk(rows) if per_chunk else contextlib.nullcontext():
                 parts.append(full_precision(self.encoder.text_features(chunk.input_ids, chunk.attention_mask)))
         return torch.cat(parts)
 
@@ -299,9 +290,8 @@ class Tuner(nn.Module, Pretrained):
         module = getattr(self.encoder.model, "text_projection", None)
         return module.parameters() if isinstance(module, nn.Module) else ()
 
-    def _adapters(self) -> tuple[str, ...]:
-        active = getattr(self.clip, "active_adapters", ())
-        return tuple(active) if isinstance(active, (list, tuple)) else ()
+    def _adapters(self) -> Hashable:
+        return adapter_state(self._adapter_layers)
 
     def invalidate(self) -> None:
         """Forgets cached text features; needed only after `parameter.data` was edited, which leaves no trace."""
@@ -363,7 +353,7 @@ class Tuner(nn.Module, Pretrained):
         """config.json: kind and arguments, class names, base model, preprocessing size."""
         return {
             "kind": "tuner",
-            "tuner": {"kind": self.kind, "arguments": self.arguments()},
+            "tuner": {"kind": self.kind, "arguments": self.arguments(), "adapted": bool(self._adapter_layers)},
             "base_classes": list(self.base_classes),
             "classes": list(self._classes),
             "base_model": base_model_record(self.clip, self.tokenizer),
@@ -385,6 +375,11 @@ class Tuner(nn.Module, Pretrained):
     ) -> Self:
         """The tuner again around a base model, in evaluation mode; see `Pretrained.from_pretrained`."""
         own = tensors.get(TUNER_FILE, {})
+        if config["tuner"].get("adapted") and not adapter_layers(clip):
+            raise FVGError(
+                "this was saved on a CLIP with PEFT adapters, which it does not hold, but the model given has none; give "
+                "clip=PeftModel.from_pretrained(…). Behind LoRA(peft_model, …) they are saved too."
+            )
         try:
             tuner = cls(clip, tokenizer, cls.saved_classes(config, own), **config["tuner"].get("arguments", {}))
         except TypeError as error:
@@ -410,6 +405,22 @@ class Tuner(nn.Module, Pretrained):
         """What `print(tuner)` shows of it."""
         learned = sum(p.numel() for p in self.trainable_parameters())
         return f"classes={len(self._classes)}, template={self.template!r}, learned={learned}"
+
+
+def feature_encoder(model: nn.Module, projection: nn.Module | None = None) -> DualEncoder:
+    """The model read as a dual encoder that gives features.
+
+    Raises:
+        TypeError: no supported dual encoder.
+        FVGError: a vision tower without a projection to features.
+    """
+    encoder = DualEncoder(model, projection)
+    if not encoder.projects:
+        raise FVGError(
+            f"{type(encoder.model).__name__} has no projection to features; give a CLIPVisionModelWithProjection, or "
+            "projection=module with one that maps its pooled states to the width of the text features."
+        )
+    return encoder
 
 
 def check_labels(labels: Tensor, n_classes: int, batch: int) -> None:

@@ -105,11 +105,10 @@ class CoOp(Tuner):
 
     def _prompt_features(self, classes: Sequence[str]) -> Tensor:
         prompts = self.prompts(classes)
-        context = self.ctx
         if self._csc:
-            context = context[[self.base_classes.index(c) for c in classes]]
+            context = self.ctx[[self.base_classes.index(c) for c in classes]]
         else:
-            context = context.expand(len(classes), -1, -1)  # (C, n_ctx, d)
+            context = self.ctx.expand(len(classes), -1, -1)  # (C, n_ctx, d)
         assert prompts.context is not None
         positions = prompts.context.to(context.device)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fvg_adapter.errors import FVGError
 from fvg_adapter.modes import full_precision
 from fvg_adapter.towers import DualEncoder
-from fvg_adapter.tuners.base import Tuner
+from fvg_adapter.tuners.base import Tuner, feature_encoder
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, check_classes
 
 
@@ -38,7 +38,7 @@ class ZeroShot(Tuner):
         template: str = DEFAULT_TEMPLATE,
         projection: nn.Module | None = None,
     ) -> None:
-        encoder = DualEncoder(model, projection)
+        encoder = feature_encoder(model, projection)
         self._given = _check_given(classes, encoder) if isinstance(classes, Mapping) else None
         if self._given is None and not encoder.has_text:
             raise FVGError(
@@ -64,6 +64,8 @@ class ZeroShot(Tuner):
 
     def text_features(self) -> Tensor:
         """Unit text features (C, D): of the template, or the ones that were given."""
+        if self._given is None and self._adapter_layers:
+            return super().text_features()
         if self._given is None:
             return self.prior_text_features()  # the same features: one cache entry serves both
         return self._given_features()
@@ -86,8 +88,7 @@ class ZeroShot(Tuner):
         assert self._given is not None
         order = list(self._given)
         rows = [order.index(c) for c in self.classes]
-        table: Tensor = self.class_features
-        return F.normalize(full_precision(table[rows]), dim=-1)
+        return F.normalize(full_precision(self.get_buffer("class_features")[rows]), dim=-1)
 
 
 def _check_given(classes: Mapping[str, Tensor], encoder: DualEncoder) -> dict[str, Tensor]:

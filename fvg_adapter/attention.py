@@ -1,0 +1,208 @@
+"""Where the pooling token looks: the attention of its query over the patches, read by hooks (DESIGN decision 2).
+
+Hooks sit on the *input* of the attention modules and use the query and key projections found there at that moment, so
+that LoRA injected later is seen; the model keeps its attention implementation, and the cost is that of one row of the
+attention matrix. Imports attention_maps and towers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from fvg_adapter.attention_maps import AttentionRecord, pooling_attention
+from fvg_adapter.errors import FVGError
+from fvg_adapter.towers import DualEncoder, hidden_of
+
+__all__ = ["AttentionProbe", "AttentionRecord", "pooling_attention", "record_attention"]
+
+Layers = int | str | Iterable[int]
+FirstPatch = Callable[[int], int]
+_PARALLEL = (DataParallel, DistributedDataParallel)
+
+
+class AttentionProbe:
+    """Permanent hooks on a vision tower that record attention on request, and otherwise do nothing.
+
+    Attach before `torch.compile`. Deep copies and pickles of a model carry their own working probe.
+
+    Args:
+        encoder: a DualEncoder, or a model that one can be made of.
+        layers: encoder layers to read, 0-based, negative from the end; one number, several, or "all".
+        first_patch: index of the first patch token among the tokens that enter a layer (0-based), asked at every
+            forward; the layout's number of leading tokens when None.
+
+    Raises:
+        FVGError: no such layer.
+        TypeError: the model is no supported dual encoder.
+
+    Example:
+        >>> probe = AttentionProbe(clip)                                                    # doctest: +SKIP
+        >>> with probe.recording() as record:                                               # doctest: +SKIP
+        ...     features = clip.get_image_features(pixel_values)
+        >>> record.attention().mean((1, 2))                # (B, h, w)                      # doctest: +SKIP
+    """
+
+    def __init__(
+        self, encoder: DualEncoder | nn.Module, layers: Layers = (-1,), first_patch: FirstPatch | None = None
+    ) -> None:
+        self.encoder = encoder if isinstance(encoder, DualEncoder) else DualEncoder(encoder)
+        vision_layers = self.encoder.vision_layers
+        self.layers = _resolve(layers, len(vision_layers))
+        self._first_patch = first_patch
+        modules = [self.encoder.attention_of(vision_layers[layer]) for layer in self.layers]
+        self._handles = [
+            self.encoder.vision_embeddings.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self.encoder.vision_encoder.register_forward_hook(self._complete),
+        ]
+        for position, module in enumerate(modules):
+            tap = _Tap(self, position)
+            self._handles.append(module.register_forward_pre_hook(tap.capture, with_kwargs=True))
+
+    @contextlib.contextmanager
+    def recording(self, differentiable: bool = False) -> Iterator[AttentionRecord]:
+        """Records the forwards that this thread runs inside the block; blocks can be nested.
+
+        Args:
+            differentiable: keep the graph from the maps to the model's inputs and parameters.
+        """
+        record = AttentionRecord(self.layers, self.encoder.layout, differentiable)
+        entry = (self, record)
+        _THREAD.recordings.append(entry)
+        try:
+            yield record
+            record.complete()
+        finally:
+            _THREAD.recordings = [other for other in _THREAD.recordings if other is not entry]
+            record.close()
+
+    def first_patch(self, layer: int) -> int:
+        """Index of the first patch token among the tokens that enter a layer (0-based)."""
+        return self.encoder.layout.leading_tokens if self._first_patch is None else self._first_patch(layer)
+
+    def detach(self) -> None:
+        """Takes every hook off; nothing is left on the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @property
+    def hook_count(self) -> int:
+        """Hooks of this probe on the user's model."""
+        return len(self._handles)
+
+    def _active(self) -> list[AttentionRecord]:
+        return [record for probe, record in _THREAD.recordings if probe is self]
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook on the embeddings: pixels come in."""
+        active = self._active()
+        if not active or _in_backward():  # a tower that is checkpointed as a whole runs again in backward
+            return
+        pixels = args[0] if args else kwargs["pixel_values"]  # (B, 3, H, W)
+        for record in active:
+            record.begin(self.encoder.grid(pixels))
+
+    def _complete(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook on the stack of layers: all have run."""
+        for record in self._active():
+            record.complete()
+
+
+class _Tap:
+    """The hook of one layer: an object, so that it knows its place among the layers and still copies and pickles."""
+
+    def __init__(self, probe: AttentionProbe, position: int) -> None:
+        self.probe, self.position = probe, position
+
+    def capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook on an attention module. `module` may be a replica of the one that the hook was put on."""
+        active = self.probe._active()
+        if active:
+            first = self.probe.first_patch(self.probe.layers[self.position])
+            for record in active:
+                record.capture(self.position, module, hidden_of(args, kwargs), first)
+
+
+@contextlib.contextmanager
+def record_attention(
+    model: nn.Module, layers: Layers = (-1,), *, differentiable: bool = False
+) -> Iterator[AttentionRecord]:
+    """Records where a vision tower's pooling token looks, without changing how the model computes.
+
+    Equal to `output_attentions=True` of an eager model, under any attention implementation. The hooks are gone when
+    the block ends, also after an exception. Of several forwards in one block the last one counts. Projections with
+    dropout of their own (LoRA in training mode) are drawn once more for the map.
+
+    Args:
+        model: CLIPModel, CLIPVisionModel(WithProjection) or its inner vision transformer, a PeftModel around one, a
+            tuner or an FVGModel; of DataParallel, DistributedDataParallel or torch.compile the model inside.
+        layers: encoder layers to read, 0-based, negative from the end; one number, several, or "all".
+        differentiable: keep the graph from the maps to the model's inputs and parameters.
+
+    Raises:
+        FVGError: no such layer.
+        TypeError: the model is no supported dual encoder.
+
+    Example:
+        >>> from transformers import CLIPVisionConfig, CLIPVisionModel
+        >>> vision_model = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=1, image_size=64, patch_size=16)).eval()
+        >>> with record_attention(vision_model, layers=[-1]) as record:
+        ...     output = vision_model(torch.zeros(5, 3, 64, 64))
+        >>> record.attention().shape  # (B, layers, heads, h, w)
+        torch.Size([5, 1, 12, 4, 4])
+    """
+    encoder, first_patch = _target(model)
+    probe = AttentionProbe(encoder, layers, first_patch)
+    try:
+        with probe.recording(differentiable) as record:
+            yield record
+    finally:
+        probe.detach()
+
+
+class _Recordings(threading.local):
+    """The open recordings of each thread, outermost first."""
+
+    def __init__(self) -> None:
+        self.recordings: list[tuple[AttentionProbe, AttentionRecord]] = []
+
+
+_THREAD = _Recordings()
+
+
+def _target(model: nn.Module) -> tuple[DualEncoder, FirstPatch | None]:
+    outer: Any = model
+    while outer is not None:  # torch.compile keeps the model as _orig_mod
+        model = outer
+        outer = model.module if isinstance(model, _PARALLEL) else getattr(model, "_orig_mod", None)
+    target = getattr(model, "attention_target", None)
+    if not callable(target):
+        return DualEncoder(model), None
+    inner, first_patch = target()
+    return DualEncoder(inner), first_patch
+
+
+def _resolve(layers: Layers, count: int) -> tuple[int, ...]:
+    """0-based layer numbers."""
+    wanted: Any = range(count) if layers == "all" else (layers,) if isinstance(layers, (int, str)) else tuple(layers)
+    for layer in wanted:
+        if type(layer) is not int or not -count <= layer < count:
+            raise FVGError(
+                f"layer {layer!r} does not exist: the vision tower has {count} layers, "
+                f"numbered 0 to {count - 1}, or -{count} to -1 from the end; give such numbers or layers='all'."
+            )
+    if not wanted:
+        raise FVGError("layers is empty; give at least one layer number, or layers='all'.")
+    return tuple(layer % count for layer in wanted)
+
+
+def _in_backward() -> bool:
+    """Whether a gradient is being computed in this thread, so that a forward seen now is a recomputation."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,0 +1,193 @@
+"""transformers' Trainer with Dassl's optimiser and schedule, our batches, and loss terms that are checked and averaged.
+
+Importing it takes seconds, so `fit` does it when called. Imports tuners.recipes and transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from fvg_adapter.errors import FVGError
+from fvg_adapter.train.batches import Batches, Loader
+from fvg_adapter.train.checkpoints import checkpoint_folder, save_average
+from fvg_adapter.tuners.averaging import GaussianAverage
+from fvg_adapter.tuners.recipes import Stage
+
+TERM = "loss_"
+"""Before the name of a loss term in the logs."""
+
+
+def arguments(
+    folder: Path, recipe: Stage, *, on_cpu: bool, seed: int, precision: str, accumulate: int, report_to: Sequence[str]
+) -> TrainingArguments:
+    """Dassl's training as TrainingArguments; starts the processes' group under a launcher.
+
+    Raises:
+        FVGError: what transformers refuses, such as bf16 on hardware without it.
+    """
+    try:
+        args = TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=recipe.batch_size,
+            gradient_accumulation_steps=accumulate,
+            num_train_epochs=recipe.epochs,
+            max_grad_norm=0.0,  # Dassl does not clip
+            seed=seed,
+            use_cpu=on_cpu,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            ddp_backend="gloo" if on_cpu and "LOCAL_RANK" in os.environ else None,
+            ddp_find_unused_parameters=False,  # every loss term is always in the graph (METHOD section 3)
+            remove_unused_columns=False,
+            save_strategy="no",  # AtEpochEnd decides
+            logging_strategy="epoch",
+            logging_nan_inf_filter=False,  # such a loss is an error here
+            disable_tqdm=True,
+            report_to=list(report_to) or "none",
+        )
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # DataParallel would copy the hooks; a launcher gives each GPU a process
+    except (ValueError, OSError, ImportError) as error:
+        raise FVGError(f"this training cannot be set up: {error}") from error
+    return args
+
+
+class AtEpochEnd(TrainerCallback):  # type: ignore[misc]
+    """Averages weights where the tuner asks for it, calls the user's function, then asks for a checkpoint.
+
+    Args:
+        model: what is trained. epochs: of the whole training. every: epochs between checkpoints, None for none.
+        then: called with the epochs done and the model.
+        average: an epoch average (PromptSRC's) that takes the place of the weights after the last epoch, or None.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        epochs: int,
+        every: int | None,
+        then: Callable[[int, Any], None] | None,
+        average: GaussianAverage | None,
+    ) -> None:
+        self.model, self.epochs, self.every, self.then, self.average = model, epochs, every, then, average
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """The Trainer calls it; saving comes after."""
+        done = round(state.epoch)
+        if self.average is not None:
+            self.average.update(self.model, done)
+            if done == self.epochs:
+                self.average.apply(self.model)
+        if self.then is not None:
+            self.then(done, self.model)
+        if self.every and (done % self.every == 0 or done == self.epochs):
+            control.should_save = True
+
+
+class HeadTrainer(Trainer):  # type: ignore[misc]
+    """The Trainer that `fit` uses."""
+
+    def __init__(self, model: Any, args: Any, recipe: Stage, loader: Loader, at_epoch_end: AtEpochEnd) -> None:
+        super().__init__(model=model, args=args, train_dataset=loader.dataset, callbacks=[at_epoch_end])
+        self.remove_callback(PrinterCallback)  # a library does not print
+        self.recipe, self.loader, self.at_epoch_end = recipe, loader, at_epoch_end
+        self._sums: dict[str, Tensor] = {}
+        self._batches = 0
+
+    def get_train_dataloader(self) -> Loader:
+        """Our loader as it is: accelerate would cut it up once more."""
+        return self.loader
+
+    def create_optimizer(self, *unused: Any) -> torch.optim.Optimizer:
+        """The recipe's, over the parameters that learn."""
+        if getattr(self, "optimizer", None) is None:
+            self.optimizer: Any = self.recipe.make_optimizer(self.model.trainable_parameters())
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Dassl's rate, constant within an epoch; the Trainer steps it once per optimiser step."""
+        batches = self.loader.batch_sampler
+        assert isinstance(batches, Batches)
+
+        def factor(step: int) -> float:
+            return self.recipe.learning_rate(step // batches.steps) / self.recipe.lr
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **unused: Any) -> Any:
+        """The model's own loss; one that is not finite is an error before it can reach the parameters."""
+        output = model(**inputs)
+        if not bool(torch.isfinite(output.loss)):
+            raise FVGError(self._not_finite(output))
+        for name, value in {"": output.loss, **(output.losses or {})}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+        self._batches += 1
+        return (output.loss, output) if return_outputs else output.loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the means of the loss and its terms over the batches of all processes since the last time."""
+        if "loss" in logs and self._batches:
+            means = self.accelerator.reduce(torch.stack(list(self._sums.values())), "mean") / self._batches
+            names = (TERM + name if name else "loss" for name in self._sums)
+            logs.update(zip(names, means.tolist(), strict=True))
+            self._sums, self._batches = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = checkpoint_folder(Path(self.args.output_dir), self.state.global_step)
+        try:
+            if self.args.should_save and self.at_epoch_end.average is not None:
+                save_average(self.at_epoch_end.average, folder)  # before the Trainer's state, which says "whole"
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(folder, ignore_errors=True)  # nothing half-written to resume from
+            raise FVGError(f"the checkpoint {folder} could not be written: {error}.") from error
+
+    def _not_finite(self, output: Any) -> str:
+        terms = ", ".join(f"{name} {float(value):.4g}" for name, value in (output.losses or {}).items())
+        rate = self.optimizer.param_groups[0]["lr"]
+        return (
+            f"the loss is {float(output.loss)} at step {self.state.global_step + 1} ({terms or 'no terms'}; learning "
+            f"rate {rate:.3g}). Lower the learning rate, check that the images are finite and normalised, or train "
+            "without fp16. The parameters are those of the step before."
+        )
+
+
+class Bar(TrainerCallback):  # type: ignore[misc]
+    """Moves a bar on."""
+
+    def __init__(self, show: Callable[..., None]) -> None:
+        self.show = show
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """After every optimiser step."""
+        self.show(completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **unused: Any) -> None:
+        """After every epoch."""
+        if logs and "loss" in logs:
+            self.show(description=f"epoch {round(state.epoch)}, loss {logs['loss']:.4f}")
+
+
+@contextlib.contextmanager
+def bar(steps: int) -> Iterator[Bar]:
+    """A bar on stderr that is gone when the training is."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("epoch 0", total=steps)
+        yield Bar(lambda **changes: progress.update(task, **changes))

@@ -1,0 +1,179 @@
+"""FeatureBank and evaluate: the same numbers as the slow way, and refused where they do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+from transformers import CLIPModel
+
+from conftest import CLASSES, NEW_CLASSES, small_config
+from fvg_adapter import FeatureBank, FVGModel, evaluate, wrap
+from fvg_adapter.data.controls import OtherMasks
+from fvg_adapter.errors import FVGError
+from fvg_adapter.features import attention_in_mask
+from fvg_adapter.losses import kl_divergence, log_probs
+from fvg_adapter.tuners import CoOp, ZeroShot
+
+
+class Pictures(Dataset[dict[str, Any]]):
+    """Random images with box masks; with `noisy`, another view at each access."""
+
+    def __init__(
+        self, classes: list[str], n: int = 10, seed: int = 0, *, noisy: bool = False, masks: bool = True
+    ) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.images = torch.randn(n, 3, 32, 32, generator=draw)
+        self.masks = torch.zeros(n, 1, 32, 32)
+        for i in range(n):
+            self.masks[i, :, 4 : 14 + i, 6:28] = 1
+        self.labels = [i % len(classes) for i in range(n)]
+        self.classes, self.noisy, self.has_masks = classes, noisy, masks
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = self.images[index] + (torch.randn(3, 32, 32) if self.noisy else 0)
+        item = {"pixel_values": image, "labels": self.labels[index]}
+        return {**item, "foreground_mask": self.masks[index]} if self.has_masks else item
+
+
+@pytest.fixture
+def model(small_clip: CLIPModel, tokenizer: Any) -> FVGModel:
+    torch.manual_seed(0)
+    model = wrap(CoOp(small_clip, tokenizer, CLASSES, ctx_init=""), foreground="given")
+    with torch.no_grad():
+        for head in (model.visual_adapter, model.text_adapter):
+            head.up.weight.normal_(std=0.1)
+    return model
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_training_from_a_bank_equals_training_on_the_images(model: FVGModel) -> None:
+    pictures = Pictures(CLASSES)
+    bank = FeatureBank.encode(model, pictures, batch_size=4)
+    stored = default_collate([bank[i] for i in range(len(bank))])
+    batch = default_collate([pictures[i] for i in range(len(pictures))])
+    from_bank, from_pixels = model(**stored), model(**batch)
+    close(from_bank.loss, from_pixels.loss)
+    for name, term in from_pixels.losses.items():
+        close(from_bank.losses[name], term)
+    close(from_bank.foreground_trust, from_pixels.foreground_trust)
+
+
+def test_a_text_only_tuner_learns_from_a_bank(model: FVGModel) -> None:
+    tuner = model.release()
+    pictures = Pictures(CLASSES)
+    bank = FeatureBank.encode(tuner, pictures)
+    batch = default_collate([pictures[i] for i in range(len(pictures))])
+    slow = tuner(batch["pixel_values"], batch["labels"]).loss
+    (expected,) = torch.autograd.grad(slow, [tuner.ctx])
+    fast = tuner(**default_collate([bank[i] for i in range(len(bank))])).loss
+    close(fast, slow)
+    close(torch.autograd.grad(fast, [tuner.ctx])[0], expected)
+
+
+def test_views_depend_on_seed_view_and_index_only(model: FVGModel) -> None:
+    pictures = Pictures(CLASSES, noisy=True)
+    first = FeatureBank.encode(model, pictures, views=3, batch_size=4, seed=5)
+    torch.manual_seed(99)
+    again = FeatureBank.encode(model, pictures, views=3, batch_size=7, seed=5)
+    close(first.features["image"], again.features["image"])
+    assert (first.features["image"][:, 0] - first.features["image"][:, 1]).abs().max() > 1e-2
+    other = FeatureBank.encode(model, pictures, views=3, seed=6)
+    assert (first.features["image"] - other.features["image"]).abs().max() > 1e-2
+    assert first.views == 3 and len(first) == 10
+    seen = {tuple(first[2]["features"]["image"].tolist()) for _ in range(60)}
+    assert len(seen) == 3
+
+
+def test_other_masks_change_the_foreground_only(model: FVGModel) -> None:
+    pictures = Pictures(CLASSES, noisy=True)
+    shuffled = OtherMasks(pictures, seed=1)
+    assert all(i != j for i, j in shuffled.other.items()) and sorted(shuffled.other.values()) == list(range(10))
+    own, others = (FeatureBank.encode(model, d, views=2, seed=3) for d in (pictures, shuffled))
+    close(own.features["image"], others.features["image"])
+    assert (own.features["foreground"] - others.features["foreground"]).abs().max() > 1e-3
+
+
+def test_banks_are_saved_whole_and_stale_ones_refused(model: FVGModel, tokenizer: Any, tmp_path: Path) -> None:
+    bank = FeatureBank.encode(model, Pictures(CLASSES), views=2)
+    path = bank.save(tmp_path / "bank")
+    loaded = FeatureBank.load(path, model)
+    assert loaded.labels == bank.labels and loaded.classes == bank.classes
+    assert all(torch.equal(loaded.features[k], v) for k, v in bank.features.items())
+    other = ZeroShot(CLIPModel(small_config()), tokenizer, CLASSES)
+    with pytest.raises(FVGError, match="encoded by clip:"):
+        FeatureBank.load(path, other)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(FVGError, match="no whole safetensors file"):
+        FeatureBank.load(path)
+    with pytest.raises(FVGError, match="views is 0"):
+        FeatureBank.encode(model, Pictures(CLASSES), views=0)
+
+
+def test_encoding_leaves_a_tuner_as_found(model: FVGModel) -> None:
+    tuner = model.release()
+    before = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in tuner.modules()]
+    FeatureBank.encode(tuner, Pictures(CLASSES), measure=True)
+    assert before == [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in tuner.modules()]
+    assert tuner.ctx.requires_grad
+
+
+def test_evaluate_against_a_loop(model: FVGModel) -> None:
+    sets = Pictures(CLASSES, 12, 1), Pictures(NEW_CLASSES, 10, 2)
+    model.train()
+    found = evaluate(model, *sets, batch_size=5)
+    assert model.training and model.classes == tuple(CLASSES)
+    model.eval()
+    right, joint, divergence, inside = [], [], [], []
+    for data, offset in zip(sets, (0, len(CLASSES)), strict=True):
+        hits, joint_hits = 0, 0
+        for item in data:
+            pixels, mask = item["pixel_values"][None], item["foreground_mask"][None]
+            with torch.no_grad(), model.use_classes(data.classes):
+                whole = model(pixels, foreground_mask=mask, return_attention=True)
+                view = model(pixels * mask)
+            hits += int(whole.logits.argmax()) == item["labels"]
+            divergence.append(float(kl_divergence(log_probs(whole.logits), log_probs(view.logits))))
+            inside.append(float(attention_in_mask(whole.foreground_attention, mask)))
+            with torch.no_grad(), model.use_classes([*CLASSES, *NEW_CLASSES]):
+                joint_hits += int(model(pixels).logits.argmax()) == item["labels"] + offset
+        right.append(100 * hits / len(data))
+        joint.append(100 * joint_hits / len(data))
+    assert (found["base"], found["new"]) == pytest.approx(tuple(right))
+    assert (found["joint_base"], found["joint_new"]) == pytest.approx(tuple(joint))
+    assert found["hm"] == pytest.approx(2 * right[0] * right[1] / (right[0] + right[1]) if sum(right) else 0)
+    assert found["d_fg"] == pytest.approx(sum(divergence) / len(divergence), abs=1e-5)
+    assert found["attention_in_mask"] == pytest.approx(sum(inside) / len(inside), abs=1e-5)
+    assert 0 <= found["ece"] <= 100 and found["entropy"] > 0
+
+
+def test_evaluate_a_tuner_and_sets_without_masks(model: FVGModel) -> None:
+    tuner = model.release()
+    sets = Pictures(CLASSES, 12, 1, masks=False), Pictures(NEW_CLASSES, 10, 2, masks=False)
+    found = evaluate(tuner, *sets)
+    assert found["d_fg"] != found["d_fg"] and found["attention_in_mask"] != found["attention_in_mask"]  # NaN
+    banks = [FeatureBank.encode(tuner, s, measure=True) for s in sets]
+    assert evaluate(tuner, *banks)["hm"] == found["hm"]
+
+
+def test_ablation_branches(model: FVGModel) -> None:
+    sets = Pictures(CLASSES, 12, 1), Pictures(NEW_CLASSES, 10, 2)
+    tuner_rows = evaluate(model, *sets, branches=("tuner", "tuner"))
+    expected = evaluate(model.tuner, *sets)
+    assert (tuner_rows["base"], tuner_rows["new"]) == (expected["base"], expected["new"])
+    with pytest.raises(FVGError, match="branch 'bse'"):
+        evaluate(model, *sets, branches=("bse", "new"))
+    with pytest.raises(FVGError, match="share the classes"):
+        evaluate(model, sets[0], sets[0])
+    with pytest.raises(FVGError, match="no class names"):
+        evaluate(model, sets[0], [1, 2, 3])
