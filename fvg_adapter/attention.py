@@ -70,16 +70,16 @@ class AttentionProbe:
         """Records the forwards that this thread runs inside the block; blocks can be nested.
 
         Args:
-            differentiable: keep the graph from the maps to the model's inputs and parameters.
+            differentiable: keep the graph from the maps to the model's inputs and parameters. Exact with gradient
+                checkpointing of single layers (non-reentrant); a tower inside one checkpoint raises CheckpointError.
         """
         record = AttentionRecord(self.layers, self.encoder.layout, differentiable)
-        entry = (self, record)
-        _THREAD.recordings.append(entry)
+        _THREAD.recordings.append((self, record))
         try:
             yield record
             record.complete()
         finally:
-            _THREAD.recordings = [other for other in _THREAD.recordings if other is not entry]
+            _THREAD.recordings = [entry for entry in _THREAD.recordings if entry[1] is not record]
             record.close()
 
     def first_patch(self, layer: int) -> int:

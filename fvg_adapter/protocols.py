@@ -150,7 +150,7 @@ def base_to_new_split(
             raise FVGError(f"the splits 'train' and {name!r} of {data} differ in classes; give both a classes.txt.")
         tests[name] = (_only(test, base), _only(test, new))
     drawn = pool.subset(few_shot_indices(pool.labels, shots, seed=seed)[0])
-    return Split(_only(drawn, base), tests)
+    return Split(_only(drawn, base).drop_unreadable(), tests)
 
 
 def _only(dataset: Any, wanted: Sequence[int]) -> Any:
@@ -279,10 +279,12 @@ class _Run:
 
 
 def _measured(model: Tuner, split: Split) -> Tests:
-    return {
-        name: (FeatureBank.encode(model, base, measure=True), FeatureBank.encode(model, new, measure=True))
-        for name, (base, new) in split.tests.items()
-    }
+    return {name: (_measure(model, base), _measure(model, new)) for name, (base, new) in split.tests.items()}
+
+
+def _measure(model: Tuner, pictures: Any) -> FeatureBank:
+    """A test bank; unreadable pictures are left out with one warning that counts and names them."""
+    return FeatureBank.encode(model, pictures.drop_unreadable(), measure=True)
 
 
 def _score(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import doctest
 import io
+import logging
 import math
 import pickle
 import threading
@@ -42,7 +43,7 @@ def one_thread() -> None:
 
 
 def sharpened(model: nn.Module, gain: float = 1.5) -> Any:
-    """Random weights give nearly uniform attention; these do not (largest weight 0.6; with gain 0.7, 0.15)."""
+    """Random weights give nearly uniform attention; these do not (largest weight 0.98; with gain 0.5, 0.24)."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,7 +53,8 @@ def sharpened(model: nn.Module, gain: float = 1.5) -> Any:
 
 
 def make_clip(implementation: str = "sdpa") -> CLIPModel:
-    text = {**VISION, "vocab_size": 50, "max_position_embeddings": 8, "num_hidden_layers": 1, "eos_token_id": 49}
+    text = {**VISION, "vocab_size": 50, "max_position_embeddings": 8, "num_hidden_layers": 1}
+    text |= {"bos_token_id": 1, "eos_token_id": 2}
     config = CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)
     return sharpened(CLIPModel._from_config(config, attn_implementation=implementation))
 
@@ -176,20 +178,20 @@ def test_the_model_computes_what_it_computed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    clip, pixels = sharpened(make_clip(), gain=0.7), images()
+    clip, pixels = sharpened(make_clip(), gain=0.5), images()
     expected = oracle(clip, pixels)
     with torch.no_grad(), record_attention(clip, "all") as record, torch.autocast("cpu", dtype=dtype):
         clip.get_image_features(pixel_values=pixels)
     model = copy.deepcopy(clip).to(dtype)
     with torch.no_grad(), record_attention(model, "all") as half:
         model.get_image_features(pixel_values=pixels.to(dtype))
-    for maps in (record.attention(), half.attention()):
+    for maps, tolerance in ((record.attention(), 2e-3), (half.attention(), 5e-3)):
         assert maps.dtype == torch.float32
-        torch.testing.assert_close(maps, expected, atol=2e-3, rtol=0)
+        torch.testing.assert_close(maps, expected, atol=tolerance, rtol=0)
 
 
 def test_softmax_is_full_precision_under_autocast() -> None:
-    """Only the projections are bfloat16: the first layer is closer to float32 than eager attention under autocast is."""
+    """Only the projections are bfloat16: layer 0 is closer to float32 than eager attention under autocast is."""
     clip, pixels = make_clip(), images()
     truth = oracle(clip, pixels)[:, 0]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -504,9 +506,13 @@ def test_a_copy_of_the_bare_model_runs() -> None:
 
 @pytest.fixture
 def dynamo() -> Iterator[None]:
+    trace = logging.getLogger("torch.__trace")  # pytest's log capture would turn minutes of structured tracing on
+    level = trace.level
+    trace.setLevel(logging.WARNING)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+    trace.setLevel(level)
 
 
 def test_compiled_towers_record(dynamo: None) -> None:

@@ -352,10 +352,66 @@ def test_on_epoch_can_change_the_model_before_it_is_saved(heads: Make, tmp_path:
     model = heads()
     result = fit(model, Pictures(), recipe=RECIPE, output_dir=tmp_path, on_epoch=average)
     assert seen == [1, 2, 3]
-    assert float(model.backbone_gate.out.bias) == 3.0
+    assert model.backbone_gate.out.bias.item() == 3.0
     assert result.checkpoint is not None
     with safe_open(result.checkpoint / "model.safetensors", "pt") as file:
         assert float(file.get_tensor("backbone_gate.out.bias")) == 3.0
+
+
+class Golden(Dataset[dict[str, Any]]):
+    """The four pictures of a golden case."""
+
+    def __init__(self, case: Any) -> None:
+        self.images, self.labels = case["images"], case["labels"].tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self.images[index], "labels": self.labels[index]}
+
+
+def test_promptsrc_ends_as_the_authors_epoch_average(
+    golden: Any, golden_clip: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """The whole of fit against the authors' code: four epochs, momentum, schedule and averaging, with a resume."""
+    from fvg_adapter.tuners.promptsrc import PromptSRC
+
+    case = golden("promptsrc_gpa")
+    settings = {k: v for k, v in case.config.items() if k in ("ctx_init", "gpa_mean", "gpa_std")}
+    for depth in ("n_ctx_text", "n_ctx_vision", "prompt_depth_text", "prompt_depth_vision"):
+        settings[depth] = case.config[depth]
+    recipe = Stage("sgd", case.config["optimizer"]["lr"], batch_size=4, epochs=4, source="golden")
+
+    def make() -> PromptSRC:
+        tuner = PromptSRC(golden_clip, tokenizer, case.config["classnames"], **settings)
+        tuner.load_state_dict(case.under("param"), strict=False)
+        return tuner
+
+    tuner = make()
+    result = fit(tuner, Golden(case), recipe=recipe, output_dir=tmp_path / "whole")
+    assert result.learning_rates == pytest.approx(case["lr_per_epoch"].tolist(), rel=1e-9)
+    assert result.losses == pytest.approx(case["losses"].tolist(), abs=1e-3)
+    for name, expected in case.under("gpa").items():
+        if name != "eval_logits":
+            assert float((own(tuner)[name] - expected).abs().max()) < 1e-3, name
+    assert float((tuner(case["images"]).logits - case["gpa/eval_logits"]).abs().max()) < 1e-3
+    tuner.detach()
+
+    def stop(epoch: int, model: Any) -> None:
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    broken = make()
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, Golden(case), recipe=recipe, output_dir=tmp_path / "broken", on_epoch=stop)
+    broken.detach()
+    resumed = make()
+    fit(resumed, Golden(case), recipe=recipe, output_dir=tmp_path / "broken", resume=True)
+    assert distance(own(resumed), own(tuner)) == 0.0
+    (tmp_path / "broken" / "checkpoint-2" / "average.safetensors").unlink()
+    with pytest.raises(FVGError, match=r"has no whole average.safetensors"):
+        fit(resumed, Golden(case), recipe=recipe, resume=tmp_path / "broken" / "checkpoint-2")
 
 
 def test_a_full_disk_leaves_no_half_checkpoint(heads: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
 from . import backgrounds
@@ -37,24 +41,32 @@ def corpus(concepts: list[Concept]) -> list[str]:
     return placed + [template.format(c.name) for c in concepts for template in PLAIN[-3:]]
 
 
+def learn_merges(texts: list[str], count: int) -> list[tuple[str, str]]:
+    """Up to `count` byte-pair merges, the most frequent pair first; ties go to the pair that sorts first."""
+    frequency = Counter(word for text in texts for word in re.findall(r"[a-z]+|[^a-z\s]", text.lower()))
+    words = [([*word[:-1], word[-1] + "</w>"], n) for word, n in sorted(frequency.items())]
+    merges: list[tuple[str, str]] = []
+    while len(merges) < count:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for parts, n in words:
+            for pair in pairwise(parts):
+                pairs[pair] += n
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for parts, _ in words:
+            for k in range(len(parts) - 2, -1, -1):
+                if tuple(parts[k : k + 2]) == best:
+                    parts[k : k + 2] = ["".join(best)]
+    return merges
+
+
 def train_tokenizer(concepts: list[Concept], folder: Path) -> CLIPTokenizer:
     """Learn byte-pair merges and write CLIP's own `vocab.json` and `merges.txt`; the end token has the largest id."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 2, min_frequency=1, initial_alphabet=sorted(ByteLevel.alphabet()),
-        end_of_word_suffix="</w>", show_progress=False,
-    )  # fmt: skip
-    tokenizer.train_from_iterator(corpus(concepts), trainer)
-    merges = [tuple(m) for m in json.loads(tokenizer.to_str())["model"]["merges"]]
     letters = sorted(ByteLevel.alphabet())
     words = letters + [letter + "</w>" for letter in letters]
-    merges = merges[: VOCABULARY - 2 - len(words)]
+    merges = learn_merges(corpus(concepts), VOCABULARY - 2 - len(words))
     words += ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(

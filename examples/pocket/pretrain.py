@@ -9,6 +9,7 @@ share of the budget.
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPTokenizer
 
 from . import backgrounds, captions, compose, concepts, fast, glyphs
 from .checkpoint import make_model, save_model
@@ -126,6 +127,10 @@ def run(work: Path, minutes: float = 60.0, threads: int = 2, start_from: Path | 
     torch.manual_seed(concepts.SEED)
     source = Source.load(work, seed=concepts.SEED + (start_from is not None))
     tokenizer = captions.train_tokenizer(source.everyone, work / "tokenizer")
+    if start_from is not None:  # the weights belong to the ids they were trained with
+        for file in ("vocab.json", "merges.txt"):
+            shutil.copy(start_from / file, work / "tokenizer" / file)
+        tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     model = make_model(len(tokenizer)) if start_from is None else CLIPModel.from_pretrained(start_from)
     model.train()
     optimizers = make_optimizers(model)

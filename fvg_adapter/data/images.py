@@ -148,10 +148,11 @@ def _readable(source: Any, name: str) -> Any:
 
 
 def _upright(stored: PILImage) -> tuple[PILImage, int]:
-    # The tag is read before load(): PIL turns TIFF files by itself while loading, and removes the tag.
+    # PIL turns TIFF files by itself while loading, after which the tag is gone (or, before Pillow 10.1, out of date).
     orientation = stored.getexif().get(_ORIENTATION, 1)
     stored.load()
-    return ImageOps.exif_transpose(stored), orientation if orientation in _UPRIGHT else 1
+    upright = stored.copy() if stored.format == "TIFF" else ImageOps.exif_transpose(stored)
+    return upright, orientation if orientation in _UPRIGHT else 1
 
 
 def _made_for_stored(size: tuple[int, int], picture: Picture) -> bool:

@@ -1,8 +1,9 @@
-"""PEFT adapters inside a CLIP: found, suspended for the plain CLIP's passes, read and taken out. PEFT is imported lazily.
+"""PEFT adapters inside a CLIP: found, suspended for the plain CLIP's passes, read and taken out. PEFT is imported
+lazily.
 
-`peft_model.disable_adapter()` would do for one thread, but it flips requires_grad on the way; a hook on each adapted layer
-that gives the base layer's output is stateless. Whether a model is adapted is known without importing PEFT, which whoever
-adapted it has done.
+`peft_model.disable_adapter()` would do for one thread, but it flips requires_grad on the way; a hook on each adapted
+layer that gives the base layer's output is stateless. Whether a model is adapted is known without importing PEFT, which
+whoever adapted it has done.
 """
 
 from __future__ import annotations

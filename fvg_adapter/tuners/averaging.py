@@ -11,7 +11,8 @@ from fvg_adapter.errors import FVGError
 
 
 class GaussianAverage:
-    """θ = Σ_i g_i θ_i over the parameters at the end of epochs i = 1 … N, g_i ∝ exp(−(i − mean)² / (2 std²)), Σ g_i = 1.
+    """θ = Σ_i g_i θ_i over the parameters at the end of epochs i = 1 … N, g_i ∝ exp(−(i − mean)² / (2 std²)), Σ g_i =
+    1.
 
     Only what learns is averaged: frozen weights are the same at every epoch.
 

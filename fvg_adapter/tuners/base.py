@@ -377,7 +377,8 @@ class Tuner(nn.Module, Pretrained):
         own = tensors.get(TUNER_FILE, {})
         if config["tuner"].get("adapted") and not adapter_layers(clip):
             raise FVGError(
-                "this was saved on a CLIP with PEFT adapters, which it does not hold, but the model given has none; give "
+                "this was saved on a CLIP with PEFT adapters, which it does not hold, but the model given has none; "
+                "give "
                 "clip=PeftModel.from_pretrained(…). Behind LoRA(peft_model, …) they are saved too."
             )
         try:

@@ -22,7 +22,8 @@ TextFunction = Callable[[tuple[str, ...]], Tensor]
 
 
 class External(Tuner):
-    """FVG-PT behind a model that this package does not know: a trainer's `CustomCLIP`, another library, a remote encoder.
+    """FVG-PT behind a model that this package does not know: a trainer's `CustomCLIP`, another library, a remote
+    encoder.
 
     Args:
         image_features: pixels (B, 3, H, W) -> tuned image features (B, D); normalised here.
@@ -40,9 +41,9 @@ class External(Tuner):
 
     Functions keep their precision: float64 features give float64 scores.
 
-    Attention as the foreground needs a vision tower that the package knows: without `clip`, or where the functions do not
-    run it, wrap with foreground="given", "whole" or a callable. Heads can be saved; to load them, make the tuner again
-    (files hold no functions).
+    Attention as the foreground needs a vision tower that the package knows: without `clip`, or where the functions do
+    not run it, wrap with foreground="given", "whole" or a callable. Heads can be saved; to load them, make the tuner
+    again (files hold no functions).
 
     Raises:
         FVGError: neither a CLIP nor both prior functions, no logit scale, features of another width or number.
@@ -201,7 +202,8 @@ class External(Tuner):
     ) -> External:
         """Raises FVGError: no file holds functions; the message says how to load the heads."""
         raise FVGError(
-            "this was saved with an External tuner, whose functions no file holds. Make the tuner again with External(…), "
+            "this was saved with an External tuner, whose functions no file holds. Make the tuner again with "
+            "External(…), "
             "wrap it, and load the heads: model.load_state_dict(safetensors.torch.load_file(folder + "
             "'/fvg_heads.safetensors'))."
         )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fvg_adapter.errors import FVGError, nearest
-from fvg_adapter.towers import DualEncoder, Layout
+from fvg_adapter.towers import Layout
 from fvg_adapter.tuners.adapters import (
     adapter_layers,
     adapts_images,
@@ -35,12 +35,12 @@ class LoRA(Tuner):
     """Low-rank adapters on the attention of a CLIP (Zanella and Ben Ayed 2024, "Low-Rank Few-Shot Adaptation of
     Vision-Language Models"), injected in place by PEFT.
 
-    The student's prompt is the hand-written template. The prior is the CLIP without any adapter. `detach` takes what this
-    tuner injected out again; the CLIP is then what it was.
+    The student's prompt is the hand-written template. The prior is the CLIP without any adapter. `detach` takes what
+    this tuner injected out again; the CLIP is then what it was.
 
     Args:
-        model: a CLIP; or one that has PEFT adapters already (a `PeftModel` from disk or the Hub, say): these are then the
-            tuner, ready or to be tuned further, and stay when it is detached.
+        model: a CLIP; or one that has PEFT adapters already (a `PeftModel` from disk or the Hub, say): these are then
+            the tuner, ready or to be tuned further, and stay when it is detached.
         tokenizer, classes, template: as for `Tuner`.
         peft_config: PEFT's config of any method that is injected into layers; CLIP-LoRA's setting when None: rank 2,
             alpha 1, scaling alpha / √rank, dropout 0.25, on the query, key and value projections of every layer
@@ -73,7 +73,8 @@ class LoRA(Tuner):
         there = adapter_layers(model) if isinstance(model, nn.Module) else []
         if there and peft_config is not None:
             raise FVGError(
-                f"the model has {len(there)} adapted layers already, and a peft_config was given too; leave it out to use "
+                f"the model has {len(there)} adapted layers already, and a peft_config was given too; leave it out "
+                f"to use "
                 "these adapters, or give the plain model."
             )
         super().__init__(model, tokenizer, classes, template=template)
@@ -89,6 +90,7 @@ class LoRA(Tuner):
                 parameter.requires_grad_(True)
                 parameter.data = parameter.data.float() if parameter.dtype != torch.float64 else parameter.data
             self._set_mode(layer, False)
+        self.register_state_dict_post_hook(_with_adapters)  # type: ignore[no-untyped-call]
 
     def _inject(self, config: Any) -> None:
         from peft import inject_adapter_in_model
@@ -145,7 +147,7 @@ class LoRA(Tuner):
         """PEFT's two files in lora/: its config without paths of this machine, and the adapter's weights."""
         from peft import get_peft_model_state_dict
 
-        model = self.encoder.model
+        model: Any = self.encoder.model
         name = self._active_adapter()
         config = model.peft_config[name]
         state = get_peft_model_state_dict(model, adapter_name=name)
@@ -246,6 +248,10 @@ def _fit(state: dict[str, Tensor], tuner: LoRA) -> None:
         raise FVGError(f"the adapter in {FOLDER}/ does not fit: {'; '.join(problems[:6])}.")
 
 
-def adapted(model: nn.Module) -> bool:
-    """Whether a model holds PEFT adapters."""
-    return bool(adapter_layers(DualEncoder(model).model))
+def _with_adapters(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """State-dict hook: the adapters lie inside the CLIP, whose tensors are left out, but they are the tuner's own."""
+    assert isinstance(module, LoRA)
+    own = {id(p) for layer in module._adapter_layers for p in own_parameters(layer)}
+    for name, parameter in module.clip.named_parameters():
+        if id(parameter) in own:
+            state[f"{prefix}clip.{name}"] = parameter.detach()

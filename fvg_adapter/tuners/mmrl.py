@@ -29,10 +29,11 @@ _THREAD = threading.local()
 class MMRL(Tuner):
     """Representation tokens in the higher layers of both towers, and a second image head made of them.
 
-    Tokens R (n_rep_tokens, rep_dim) are mapped into each tower by a linear map of each rep layer's own. At the first rep
-    layer they are inserted behind the start token (text) and CLS (vision); at later ones these places are overwritten; in
-    between they are carried on. v = the main image feature (CLS), r = the representation feature: the mean over the tokens
-    after the last LayerNorm, projected by `proj_rep`. Scores of tuned classes: 100 · (α v + (1 − α) r) · t; of new
+    Tokens R (n_rep_tokens, rep_dim) are mapped into each tower by a linear map of each rep layer's own. At the first
+    rep layer they are inserted behind the start token (text) and CLS (vision); at later ones these places are
+    overwritten; in between they are carried on. v = the main image feature (CLS), r = the representation feature: the
+    mean over the tokens after the last LayerNorm, projected by `proj_rep`. Scores of tuned classes: 100 · (α v + (1 −
+    α) r) · t; of new
     classes: 100 · v · t, the tokens still in both towers.
 
     Args:
@@ -50,13 +51,18 @@ class MMRL(Tuner):
         "reg_text": reg_weight · (1 − mean cos(t, f)). Their sum is the loss; weights are included.
 
     Raises:
-        FVGError: a layer that one of the towers does not have, sizes below 1, α outside [0, 1], a text tower that is not
-            causal.
+        FVGError: a layer that one of the towers does not have, sizes below 1, α outside [0, 1], a text tower that is
+            not causal.
 
-    Source: trainers/mmrl.py of yunncheng/MMRL. Text features are never reused after a parameter changed, as they are there.
+    Source: trainers/mmrl.py of yunncheng/MMRL. Text features are never reused after a parameter changed, as they are
+    there.
     """
 
     kind: ClassVar[str] = "mmrl"
+    r2t_weight: nn.Parameter
+    r2t_bias: nn.Parameter
+    r2v_weight: nn.Parameter
+    r2v_bias: nn.Parameter
 
     def __init__(
         self,
@@ -114,9 +120,9 @@ class MMRL(Tuner):
     def _attach(self) -> None:
         encoder, text = self.encoder, self.encoder.text
         self._handles += [
-            text.embeddings.register_forward_hook(self._lengthen_text),  # type: ignore[union-attr, operator]
-            text.encoder.register_forward_pre_hook(self._lengthen_mask, with_kwargs=True),  # type: ignore[union-attr, operator]
-            text.final_layer_norm.register_forward_pre_hook(self._shorten_text),  # type: ignore[union-attr, operator]
+            text.embeddings.register_forward_hook(self._lengthen_text),  # type: ignore[union-attr]
+            text.encoder.register_forward_pre_hook(self._lengthen_mask, with_kwargs=True),  # type: ignore[union-attr]
+            text.final_layer_norm.register_forward_pre_hook(self._shorten_text),  # type: ignore[union-attr]
             encoder.vision_encoder.register_forward_hook(self._keep_hidden),
         ]
         for index, number in enumerate(self._rep_layers):
@@ -250,7 +256,7 @@ class MMRL(Tuner):
     # -- life ------------------------------------------------------------------------------------------------------
 
     def first_patch(self, layer: int) -> int:
-        """Index of the first patch among the tokens of a layer (0-based): behind the tokens from the first rep layer on."""
+        """Index of the first patch among the tokens of a layer (0-based); the rep tokens lie before it."""
         inserted = layer >= self._rep_layers[0] - 1
         return super().first_patch(layer) + (self._n_rep if inserted else 0)
 

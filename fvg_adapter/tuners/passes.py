@@ -1,9 +1,9 @@
 """Whose pass through a CLIP it is: what a tuner's hooks ask before they act. Imports torch only.
 
-Several tuners may hang on one CLIP, and its owner may call it directly. Rules: inside `untouched()` no hook acts; inside
-a tuner's own pass only its hooks act; in a direct call image hooks act and text hooks do not, for the CLIP would not be
-told which class list is meant. Gradient checkpointing runs hooks of encoder layers again during backward, on another
-thread on a GPU: the layer's input carries the mark of the pass that it was made in.
+Several tuners may hang on one CLIP, and its owner may call it directly. Rules: inside `untouched()` no hook acts;
+inside a tuner's own pass only its hooks act; in a direct call image hooks act and text hooks do not, for the CLIP would
+not be told which class list is meant. Gradient checkpointing runs hooks of encoder layers again during backward, on
+another thread on a GPU: the layer's input carries the mark of the pass that it was made in.
 """
 
 from __future__ import annotations

@@ -93,7 +93,8 @@ class PromptSRC(Tuner):
             )
         if self._depth_text < 1 or self._depth_vision < 0:
             raise FVGError(
-                f"prompt_depth_text is {self._depth_text} and prompt_depth_vision {self._depth_vision}; at least 1 and 0 "
+                f"prompt_depth_text is {self._depth_text} and prompt_depth_vision {self._depth_vision}; at least 1 "
+                f"and 0 "
                 "are needed."
             )
         if not self._teacher_templates:

@@ -1,0 +1,62 @@
+"""The `fvg-adapter` command: train, eval, predict, info. Imports torch only inside a command, so `--help` is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fvg_adapter import __version__
+from fvg_adapter.cli.evaluating import evaluate_adapter
+from fvg_adapter.cli.informing import describe_adapter
+from fvg_adapter.cli.predicting import predict_images
+from fvg_adapter.cli.training import train_and_compare
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fvg-adapter",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train_and_compare)
+app.command("eval")(evaluate_adapter)
+app.command("predict")(predict_images)
+app.command("info")(describe_adapter)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fvg-adapter {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """FVG-PT for any Hugging Face CLIP: adapters behind a frozen, tuned model, guided by the foreground.
+
+    Tune prompts and adapters on a few pictures a class, measure what they
+    gain on tuned and on unseen classes, and use the small result anywhere:
+
+    \b
+    fvg-adapter train pets --model openai/clip-vit-base-patch16 --output out
+    fvg-adapter info out/adapter
+    fvg-adapter eval out/adapter pets --split test
+    fvg-adapter predict out/adapter photo.jpg --classes "tabby cat,beagle"
+
+    Results go to stdout (with --json: one JSON document and nothing else),
+    progress and messages to stderr. Exit codes: 0 done, 1 an unexpected
+    error, 2 a mistake in what was given.
+    """
+
+
+def main() -> None:
+    """Entry point of the `fvg-adapter` script."""
+    app()

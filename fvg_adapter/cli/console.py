@@ -1,0 +1,205 @@
+"""What all commands share: where text goes, how mistakes are told, and how models are loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fvg_adapter.errors import FVGError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+FAILED, MISTAKEN, INTERRUPTED = 1, 2, 130
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or mps.", show_default="a GPU if there is one", metavar="NAME")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' messages.")]
+Base = Annotated[
+    str | None,
+    typer.Option("--model", metavar="ID_OR_DIR", help="The base model.", show_default="the one that the adapter names"),
+]
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(escape(printable(text)))
+
+
+def say_progress() -> Callable[[str], None] | None:
+    """`say` on a terminal; None elsewhere, where a command keeps quiet until it is done."""
+    return say if sys.stderr.isatty() else None
+
+
+def show(what: Any) -> None:
+    """Plain text or something rich on stdout."""
+    Console(highlight=False, soft_wrap=isinstance(what, str)).print(
+        escape(printable(what)) if isinstance(what, str) else what
+    )
+
+
+def show_json(document: Any) -> None:
+    """One JSON document on stdout; NaN, which JSON does not have, becomes null."""
+    typer.echo(json.dumps(_valid(document), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _valid(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _valid(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_valid(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def printable(text: str) -> str:
+    """Text from a file without control characters, which could rewrite a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def mistakes_told(command: Callable[P, T]) -> Callable[P, T]:
+    """Ends a command with one message and an exit code where it fails: 2 for a user's mistake, 1 for anything else."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        debug = bool(kwargs.get("debug"))
+        try:
+            with _quiet(debug):
+                return command(*args, **kwargs)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # the reader of our output has gone; typer ends quietly
+            if debug:
+                traceback.print_exc(file=sys.stderr)
+            mistake = isinstance(error, (FVGError, OSError))
+            say(f"error: {_message(error)}" if mistake else f"unexpected {type(error).__name__}: {_message(error)}")
+            if not mistake and not debug:
+                say("Run it again with --debug for the traceback.")
+            raise typer.Exit(MISTAKEN if mistake else FAILED) from None
+
+    return run
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet(debug: bool) -> Iterator[None]:
+    """Warnings as single lines; libraries' bars only on a terminal, their messages only for debugging."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if debug else "error")
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.showwarning = lambda message, *unused, **unused_too: say(f"warning: {message}")
+        yield
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def prepare(device: str | None, threads: int | None) -> str:
+    """Sets the threads and returns the device to use.
+
+    Raises:
+        FVGError: no such device here.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        raise FVGError(f"the device {wanted!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return wanted
+
+
+def load_base(name: str, device: str) -> tuple[Any, Any]:
+    """A dual encoder and its tokenizer, from a Hub id or a folder.
+
+    Raises:
+        FVGError: it cannot be loaded, or is no dual encoder that we know.
+    """
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    from fvg_adapter.towers import DualEncoder
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        clip = AutoModel.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise FVGError(
+            f"the model {name!r} could not be loaded: {first_line(error)} Give a Hub id such as "
+            "openai/clip-vit-base-patch16, or a folder with config, weights and tokenizer."
+        ) from error
+    try:
+        DualEncoder(clip)
+    except TypeError as error:
+        raise FVGError(f"{name!r} cannot be wrapped: {error}") from error
+    return clip.eval().to(device), tokenizer
+
+
+def load_adapter(adapter: str, model: str | None, device: str) -> Any:
+    """An FVGModel or a tuner as it was saved, around the base model that it names or another copy of it.
+
+    Raises:
+        FVGError: see `fvg_adapter.load`.
+    """
+    from fvg_adapter.hub import load
+
+    if model is None:
+        return load(adapter).to(device).eval()
+    clip, tokenizer = load_base(model, device)
+    return load(adapter, clip=clip, tokenizer=tokenizer).to(device).eval()
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        FVGError: unreadable, or no object.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FVGError(f"{what} {path} cannot be read as JSON: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise FVGError(f'{what} {path} must hold one JSON object, such as {{"lambda_distill": 5}}.')
+    return value
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, ended with a full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".") + "."

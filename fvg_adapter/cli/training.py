@@ -1,0 +1,243 @@
+"""`fvg-adapter train`: tune prompts, add FVG-PT, and score both beside plain CLIP and the controls."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fvg_adapter.cli.console import (
+    AsJson,
+    Debug,
+    Device,
+    Threads,
+    first_line,
+    load_base,
+    mistakes_told,
+    prepare,
+    read_json,
+    say_progress,
+    show,
+    show_json,
+)
+from fvg_adapter.cli.results import remarks_on, table_of, title_of
+from fvg_adapter.errors import FVGError, nearest
+
+if TYPE_CHECKING:
+    from fvg_adapter.config import FVGConfig
+    from fvg_adapter.tuners.recipes import Stage
+
+_PROMPTS, _HEADS, _RUN = "Stage one: prompts", "Stage two: FVG-PT's heads", "Running"
+_PUBLISHED = "the published one"
+
+
+@mistakes_told
+def train_and_compare(
+    data: Annotated[str, typer.Argument(help="Folder with train/, a test split and mask/; or a Hub data set.")],
+    model: Annotated[str, typer.Option(metavar="ID_OR_DIR", help="The base CLIP: a Hub id or a folder.")],
+    tuner: Annotated[
+        str, typer.Option(help="What is tuned first: coop, kgcoop, promptsrc, mmrl, lora, zero_shot.")
+    ] = "coop",
+    shots: Annotated[int, typer.Option(min=1, help="Training pictures a class.")] = 16,
+    seeds: Annotated[str, typer.Option(help="One run each, separated by commas.")] = "1,2,3",
+    views: Annotated[
+        int, typer.Option(min=0, help="Augmented views that are encoded once; 0 encodes in the loop, anew each time.")
+    ] = 4,
+    test_split: Annotated[str, typer.Option(help="The pictures to score.")] = "test",
+    foreground: Annotated[
+        str, typer.Option(help="Masks of pictures without a mask file: given (none), attention, or whole (x_fg = x).")
+    ] = "given",
+    template: Annotated[str, typer.Option(help="Hand-written prompt of plain CLIP, with one {}.")] = "a photo of a {}.",
+    controls: Annotated[
+        bool, typer.Option(help="Also train without the foreground, with x_fg = x, and shuffled masks.")
+    ] = True,
+    tune_lr: Annotated[
+        float | None, typer.Option(help="Learning rate.", rich_help_panel=_PROMPTS, show_default=_PUBLISHED)
+    ] = None,
+    tune_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Epochs.", rich_help_panel=_PROMPTS, show_default=_PUBLISHED)
+    ] = None,
+    tune_batch: Annotated[
+        int | None, typer.Option(min=1, help="Batch size.", rich_help_panel=_PROMPTS, show_default=_PUBLISHED)
+    ] = None,
+    tuner_options: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="Arguments of the tuner: '{\"n_ctx\": 8}'.", rich_help_panel=_PROMPTS),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate.", rich_help_panel=_HEADS, show_default=_PUBLISHED)
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Epochs.", rich_help_panel=_HEADS, show_default=_PUBLISHED)
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Batch size.", rich_help_panel=_HEADS, show_default=_PUBLISHED)
+    ] = None,
+    lambda_distill: Annotated[
+        float | None, typer.Option(help="Weight of the distillation.", rich_help_panel=_HEADS, show_default="10")
+    ] = None,
+    lambda_gate: Annotated[
+        float | None, typer.Option(help="Weight of the reliability gate.", rich_help_panel=_HEADS, show_default="1")
+    ] = None,
+    lambda_new: Annotated[
+        float | None, typer.Option(help="Weight of the new branch.", rich_help_panel=_HEADS, show_default="1")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON file with fields of FVGConfig.", rich_help_panel=_HEADS)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for results.json, the adapter and a picture.", rich_help_panel=_RUN),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="no, bf16 or fp16 autocast.", rich_help_panel=_RUN)] = "no",
+    device: Device = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Tune prompts on half of the classes, add FVG-PT, and score base and new classes beside plain CLIP.
+
+    The first half of the classes (in label order) is tuned on, the second
+    half is only ever scored: the base-to-new protocol of CoOp. HM is the
+    harmonic mean of both accuracies; "joint HM" asks for all classes at once.
+    The controls show what a gain owes to the foreground. With --output, the
+    adapter of the first seed is kept.
+
+    \b
+    DATA/train/<class>/a.jpg         16 of these a class are drawn
+    DATA/test/<class>/b.jpg          these are scored
+    DATA/mask/train/<class>/a.jpg    white where the object is
+    DATA/classes.txt                 optional: class names, one a line
+
+    Examples:
+
+    \b
+    # what the paper does, on a folder of your own
+    fvg-adapter train pets --model openai/clip-vit-base-patch16 --output out
+    # another tuner, one seed, fresh augmentation in every epoch
+    fvg-adapter train pets --model openai/clip-vit-base-patch16 \\
+        --tuner kgcoop --seeds 1 --views 0
+    # no masks at hand: take the model's own attention
+    fvg-adapter train pets --model openai/clip-vit-base-patch16 \\
+        --foreground attention --json > results.json
+    """
+    numbers = _seeds(seeds)
+    arguments = _json_object(tuner_options)
+    weights = {"lambda_distill": lambda_distill, "lambda_gate": lambda_gate, "lambda_new": lambda_new}
+    if output is not None and output.exists() and not output.is_dir():
+        raise FVGError(f"--output {output} is a file; give a folder.")
+    place = prepare(device, threads)
+    from fvg_adapter.foreground import resolve_source
+    from fvg_adapter.protocols import base_to_new
+    from fvg_adapter.train import PRECISIONS
+    from fvg_adapter.tuners.recipes import recipe_for
+
+    resolve_source(foreground)
+    if precision not in PRECISIONS:
+        raise FVGError(f"--precision {precision!r} is unknown. {nearest(precision, PRECISIONS)}")
+    recipe = recipe_for(tuner)
+    tune = _override(
+        recipe.tune, f"tuning a {tuner!r}", "--tune-", lr=tune_lr, epochs=tune_epochs, batch_size=tune_batch
+    )
+    heads = _override(recipe.fvg, "the heads", "--", lr=lr, epochs=epochs, batch_size=batch)
+    settings = _config(config, weights, model)
+    clip, tokenizer = load_base(model, place)
+    results = base_to_new(
+        clip,
+        tokenizer,
+        data,
+        tuner=tuner,
+        tuner_options=arguments,
+        shots=shots,
+        seeds=numbers,
+        views=views,
+        test_split=test_split,
+        controls=controls,
+        foreground=foreground,
+        template=template,
+        config=settings,
+        tune=tune,
+        heads=heads,
+        precision=precision,
+        output=output,
+        progress=say_progress(),
+    )
+    if as_json:
+        show_json(results.to_json())
+    else:
+        show(title_of(data, numbers))
+        show(table_of(results))
+        show("\n".join(remarks_on(results, tuner, output)))
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise FVGError(f"--seeds {text!r} is no list of whole numbers; give them like 1,2,3.") from None
+    if min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise FVGError(f"--seeds {text!r}: every seed must be 0 or more, and differ from the others.")
+    return numbers
+
+
+def _json_object(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise FVGError(f"--tuner-options {text!r} is no JSON: {first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise FVGError(f"--tuner-options must be a JSON object such as '{{\"n_ctx\": 8}}', but is {text!r}.")
+    return value
+
+
+def _override(stage: Stage | None, what: str, prefix: str, **given: float | None) -> Stage | None:
+    """A recipe with the numbers that were given."""
+    changes = {name: value for name, value in given.items() if value is not None}
+    for name, value in changes.items():
+        if value <= 0:
+            raise FVGError(f"{prefix}{name.removesuffix('_size')} must be above 0, but is {value}.")
+    if not changes:
+        return stage
+    if stage is None:
+        raise FVGError(f"{what} learns nothing in stage one; leave {prefix}lr, {prefix}epochs and {prefix}batch out.")
+    return dataclasses.replace(stage, **changes)  # type: ignore[arg-type]
+
+
+def _config(path: Path | None, weights: dict[str, float | None], model: str) -> FVGConfig:
+    """FVGConfig from the file, the options (which win), and the normalisation of the model's preprocessor."""
+    from fvg_adapter.config import FVGConfig
+
+    fields = {} if path is None else read_json(path, "--config")
+    known = [field.name for field in dataclasses.fields(FVGConfig)]
+    for name in fields:
+        if name not in known:
+            raise FVGError(f"--config {path} has the unknown field {name!r}. {nearest(name, known)}")
+    given = {name: value for name, value in weights.items() if value is not None}
+    try:
+        return FVGConfig(**{**_normalisation(model), **fields, **given})
+    except TypeError as error:
+        raise FVGError(f"the configuration does not fit: {error}") from error
+
+
+def _normalisation(model: str) -> dict[str, Any]:
+    """Mean and deviation of the model's preprocessor; nothing (CLIP's) where it has none."""
+    from transformers.utils import cached_file
+
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        try:
+            found = cached_file(model, name)
+        except (OSError, ValueError):
+            continue
+        if found is not None:
+            content = read_json(Path(found), "the model's")
+            content = content.get("image_processor", content)
+            return {key: content[key] for key in ("image_mean", "image_std") if content.get(key)}
+    return {}

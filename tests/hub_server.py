@@ -1,0 +1,250 @@
+"""A Hugging Face Hub on the loopback: as much of its HTTP interface as pushing and loading models takes, in memory.
+
+For tests only. Clients find it through HF_ENDPOINT, which huggingface_hub reads once on import: set it for a new process,
+and HF_HUB_DISABLE_XET=1 beside it, for files are uploaded in the two older ways, inside the commit and by Git LFS.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+TOKEN = "hf_loopback"
+"""What a client has to send to write, and to read private repositories."""
+
+
+class Refused(Exception):
+    """An answer other than 200: the status, the Hub's name of the error (or None), what the client is told."""
+
+
+class Repo:
+    """Commits as {path: bytes}, and the branches that point to them."""
+
+    def __init__(self, name: str, private: bool) -> None:
+        self.name, self.private = name, private
+        self.commits: dict[str, dict[str, bytes]] = {}
+        self.refs: dict[str, str] = {}
+        self.lfs: set[bytes] = set()
+        """Contents that came by Git LFS; their etag is the sha256, and that of others the id of Git's blob."""
+        self.commit("main", {".gitattributes": b""})
+
+    def commit(self, ref: str, files: dict[str, bytes]) -> str:
+        """Moves a branch to a new commit with these files."""
+        sha = hashlib.sha1(f"{self.name} {len(self.commits)}".encode()).hexdigest()
+        self.commits[sha], self.refs[ref] = files, sha
+        return sha
+
+    def files(self, revision: str = "main") -> dict[str, bytes]:
+        """{path: bytes} at a branch or commit."""
+        return self.commits[self.sha(revision)]
+
+    def sha(self, revision: str) -> str:
+        """The commit that a branch or commit hash names."""
+        sha = self.refs.get(revision, revision)
+        if sha not in self.commits:
+            raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return sha
+
+    def oid(self, data: bytes) -> str:
+        """The etag of a content."""
+        git = hashlib.sha1(b"blob %d\0" % len(data) + data)
+        return hashlib.sha256(data).hexdigest() if data in self.lfs else git.hexdigest()
+
+
+class LoopbackHub(ThreadingHTTPServer):
+    """The server; `repos` is what it holds, `requests` the lines it was asked, `regular` the repos without LFS."""
+
+    daemon_threads = True
+
+    def __init__(self, regular: tuple[str, ...] = ()) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.regular = regular
+        self.repos: dict[str, Repo] = {}
+        self.objects: dict[str, bytes] = {}
+        self.requests: list[str] = []
+        self.lock = threading.Lock()
+
+    def uploads_by_lfs(self, repo: Repo, path: str) -> bool:
+        """As the real Hub decides for safetensors, by the name."""
+        return path.endswith(".safetensors") and repo.name not in self.regular
+
+
+@contextlib.contextmanager
+def serving(regular: tuple[str, ...] = ()) -> Iterator[LoopbackHub]:
+    """A hub that answers inside the block."""
+    with LoopbackHub(regular) as hub:
+        thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield hub
+        finally:
+            hub.shutdown()
+            thread.join()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request: the paths of the Hub's interface, mapped to methods."""
+
+    protocol_version = "HTTP/1.1"
+    server: LoopbackHub
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Keeps stderr quiet."""
+
+    def handle_any(self) -> None:
+        """Answers, with the Hub's error headers where it refuses."""
+        self.body = self.read_body()
+        self.url = urlsplit(self.path)
+        with self.server.lock:
+            self.server.requests.append(f"{self.command} {unquote(self.url.path)}")
+            try:
+                status, data, headers = self.route(unquote(self.url.path).strip("/"))
+            except Refused as refused:
+                status, code, message = refused.args
+                data, headers = json.dumps({"error": message}).encode(), {"X-Error-Message": message}
+                headers |= {"X-Error-Code": code} if code else {}
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any  # noqa: N815 (the names that http.server calls)
+
+    def read_body(self) -> bytes:
+        """What the client sent, in one piece or in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def route(self, path: str) -> tuple[int, bytes, dict[str, str]]:
+        """Status, body and headers of the answer."""
+        if path.startswith("lfs/"):
+            return self.lfs_object(path.removeprefix("lfs/"))
+        if self.command == "POST" and path != "api/validate-yaml":
+            self.demand_token()
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return as_json(self.lfs_batch(self.repo(path.partition(".git/")[0])))
+        if path == "api/repos/create":
+            return as_json(self.create(json.loads(self.body)))
+        if path == "api/validate-yaml":
+            return as_json({"errors": [], "warnings": []})
+        if path.startswith("api/models/"):
+            owner, name, *rest = path.removeprefix("api/models/").split("/", 3)
+            action, argument = (*rest, "", "")[:2]
+            methods = {"GET": ("info", "revision", "tree"), "POST": ("preupload", "commit", "branch")}
+            if (action or "info") in methods.get(self.command, ()):
+                return as_json(getattr(self, action or "info")(self.repo(f"{owner}/{name}"), argument or "main"))
+        elif len(parts := path.split("/", 4)) == 5 and parts[2] == "resolve":
+            return self.resolve(self.repo("/".join(parts[:2])), parts[3], parts[4])
+        raise Refused(404, None, f"no such address: {self.command} {path}")
+
+    def demand_token(self) -> None:
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise Refused(401, None, "Invalid username or password.")
+
+    def repo(self, name: str) -> Repo:
+        repo = self.server.repos.get(name)
+        if repo is None:
+            raise Refused(404, "RepoNotFound", "Repository not found")
+        if repo.private:
+            self.demand_token()
+        return repo
+
+    def create(self, request: dict[str, Any]) -> dict[str, Any]:
+        name = f"{request.get('organization') or 'me'}/{request['name']}"
+        if name in self.server.repos:
+            raise Refused(409, None, "You already created this model repo")
+        private = request.get("visibility") == "private" or bool(request.get("private"))
+        self.server.repos[name] = Repo(name, private)
+        return {"url": f"{self.server.url}/{name}"}
+
+    def info(self, repo: Repo, revision: str) -> dict[str, Any]:
+        siblings = [{"rfilename": path} for path in repo.files(revision)]
+        return {"id": repo.name, "sha": repo.sha(revision), "private": repo.private, "siblings": siblings, "tags": []}
+
+    revision = info
+
+    def tree(self, repo: Repo, revision: str) -> list[dict[str, Any]]:
+        def entry(path: str, data: bytes) -> dict[str, Any]:
+            lfs = {"lfs": {"oid": repo.oid(data), "size": len(data), "pointerSize": 130}} if data in repo.lfs else {}
+            return {"type": "file", "path": path, "oid": repo.oid(data)[:40], "size": len(data), **lfs}
+
+        return [entry(path, data) for path, data in repo.files(revision.partition("/")[0]).items()]
+
+    def branch(self, repo: Repo, name: str) -> dict[str, Any]:
+        if name in repo.refs:
+            raise Refused(409, None, f"Reference already exists: {name}")
+        repo.refs[name] = repo.refs["main"]
+        return {}
+
+    def preupload(self, repo: Repo, revision: str) -> dict[str, Any]:
+        there = repo.files(revision)
+        return {
+            "files": [
+                {
+                    "path": path,
+                    "uploadMode": "lfs" if self.server.uploads_by_lfs(repo, path) else "regular",
+                    "shouldIgnore": False,
+                    "oid": repo.oid(there[path]) if path in there else None,
+                }
+                for path in (file["path"] for file in json.loads(self.body)["files"])
+            ]
+        }
+
+    def commit(self, repo: Repo, revision: str) -> dict[str, Any]:
+        files = dict(repo.files(revision))
+        for line in self.body.splitlines():
+            kind, value = (entry := json.loads(line))["key"], entry["value"]
+            if kind == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif kind == "lfsFile":
+                files[value["path"]] = self.server.objects[value["oid"]]
+                repo.lfs.add(files[value["path"]])
+            elif kind == "deletedFile":
+                files.pop(value["path"], None)
+        proposed = parse_qs(self.url.query).get("create_pr") == ["1"]
+        sha = repo.commit("refs/pr/1" if proposed else revision, files)
+        page = f"{self.server.url}/{repo.name}"
+        proposal = {"pullRequestUrl": f"{page}/discussions/1"} if proposed else {}
+        return {"success": True, "commitOid": sha, "commitUrl": f"{page}/commit/{sha}", "hookOutput": "", **proposal}
+
+    def lfs_batch(self, repo: Repo) -> dict[str, Any]:
+        def links(oid: str) -> dict[str, Any]:  # to where the bytes go, which takes them without a token
+            return {action: {"href": f"{self.server.url}/lfs/{oid}"} for action in ("upload", "verify")}
+
+        objects = json.loads(self.body)["objects"]
+        return {"transfer": "basic", "objects": [{**item, "actions": links(item["oid"])} for item in objects]}
+
+    def lfs_object(self, oid: str) -> tuple[int, bytes, dict[str, str]]:
+        if self.command == "PUT":
+            if hashlib.sha256(self.body).hexdigest() != oid:
+                raise Refused(400, None, "the content is not what its oid says")
+            self.server.objects[oid] = self.body
+        return 200, b"", {}
+
+    def resolve(self, repo: Repo, revision: str, path: str) -> tuple[int, bytes, dict[str, str]]:
+        sha = repo.sha(revision)
+        if path not in repo.commits[sha]:
+            raise Refused(404, "EntryNotFound", f"Entry not found: {path}")
+        data = repo.commits[sha][path]
+        return 200, data, {"X-Repo-Commit": sha, "ETag": f'"{repo.oid(data)}"'}
+
+
+def as_json(answer: Any) -> tuple[int, bytes, dict[str, str]]:
+    """A 200 with JSON."""
+    return 200, json.dumps(answer).encode(), {"Content-Type": "application/json"}
