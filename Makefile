@@ -23,7 +23,8 @@ $(VENV)-low/.installed: pyproject.toml Makefile
 
 demo: $(VENV)/.installed
 	$(BIN)/fvg-adapter train examples/pocket/data --model examples/pocket/model --tuner coop \
-	    --shots 16 --seeds 1,2,3 --views 4 --tune-lr 0.05 --tune-epochs 20 --output output/demo
+	    --tuner-options '{"ctx_init": "a photo of a"}' --tune-lr 0.05 --tune-epochs 20 --tune-batch 32 \
+	    --min-crop 0.5 --shots 16 --seeds 1,2,3 --views 4 --output output/demo
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

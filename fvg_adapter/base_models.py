@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import errors
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported, not declared so
 from torch import nn
 
 from fvg_adapter.errors import FVGError
@@ -16,13 +21,35 @@ def base_model_record(clip: nn.Module, tokenizer: Any) -> dict[str, Any]:
     """How a config names its base model: Hub id and revision, or "local"; and a fingerprint."""
     encoder = DualEncoder(clip) if not isinstance(clip, DualEncoder) else clip
     name = str(getattr(encoder.model, "name_or_path", "") or "")
-    record: dict[str, Any] = {"id": name, "revision": getattr(encoder.model.config, "_commit_hash", None)}
-    if not name or Path(name).exists():
-        record = {"id": "local", "revision": None, "path": name or None}
+    record: dict[str, Any] = {"id": "local", "revision": None, "path": name or None}
+    if _is_hub_id(name):
+        record = {"id": name, "revision": _commit(encoder.model, name)}
     source = str(getattr(tokenizer, "name_or_path", "") or "")
-    if source and source != name and not Path(source).exists():
+    if source != name and _is_hub_id(source):
         record["tokenizer"] = source
     return {**record, "class": type(encoder.model).__name__, "fingerprint": encoder.fingerprint()}
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name can be one of the Hub's: no folder here, nor the path of one that is gone."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return bool(name) and not Path(name).exists()
+
+
+def _commit(model: nn.Module, name: str) -> str | None:
+    """The commit that a model came from, or None when that is not certain.
+
+    transformers 4 notes it in the model's config. 5 does not; then it is the one that the cache holds, if only one.
+    """
+    noted = getattr(model.config, "_commit_hash", None)
+    if noted:
+        return str(noted)
+    snapshots = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
+    held = [path.parent.name for path in snapshots.glob("*/config.json")]
+    return held[0] if len(held) == 1 else None
 
 
 def check_base_model(clip: nn.Module, record: Mapping[str, Any]) -> None:
@@ -43,8 +70,16 @@ def check_base_model(clip: nn.Module, record: Mapping[str, Any]) -> None:
             )
 
 
-def load_base_model(record: Mapping[str, Any]) -> nn.Module:
-    """The base model that a config names, through transformers' AutoModel (safetensors or a weights-only load)."""
+def load_base_model(record: Mapping[str, Any], **hub: Any) -> nn.Module:
+    """The base model that a config names, through transformers' AutoModel (safetensors or a weights-only load).
+
+    Args:
+        record: the config's base_model.
+        **hub: token, cache_dir and local_files_only; what else `snapshot_download` takes is left alone.
+
+    Raises:
+        FVGError: no such model, or a local one that this machine does not have.
+    """
     from transformers import AutoModel
 
     source = record.get("path") if record.get("id") == "local" else record.get("id")
@@ -53,13 +88,13 @@ def load_base_model(record: Mapping[str, Any]) -> nn.Module:
     if record.get("id") == "local" and not (Path(source) / "config.json").is_file():
         raise FVGError(f"the base model could not be loaded: {source} is no model folder any more; give it as clip=….")
     try:
-        model: nn.Module = AutoModel.from_pretrained(source, revision=record.get("revision") or "main")
-    except (OSError, ValueError) as error:
+        model: nn.Module = AutoModel.from_pretrained(source, revision=record.get("revision") or "main", **_shared(hub))
+    except (*hub_errors(), ValueError) as error:
         raise FVGError(f"the base model {source!r} could not be loaded ({error}); give it as clip=….") from error
     return model
 
 
-def load_tokenizer(clip: nn.Module, record: Mapping[str, Any]) -> Any:
+def load_tokenizer(clip: nn.Module, record: Mapping[str, Any], **hub: Any) -> Any:
     """The tokenizer that belongs to a base model, or None for a model without a text tower."""
     encoder = DualEncoder(clip)
     if not encoder.has_text:
@@ -69,7 +104,17 @@ def load_tokenizer(clip: nn.Module, record: Mapping[str, Any]) -> Any:
     name = record.get("tokenizer") or getattr(encoder.model, "name_or_path", None) or record.get("path")
     if not name:
         raise FVGError("the base model does not say where its tokenizer is; give tokenizer=….")
+    revision = record.get("revision") if name == record.get("id") else None  # of the same commit as the model
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main", **_shared(hub))
+    except (*hub_errors(), ValueError) as error:
         raise FVGError(f"no tokenizer could be loaded from {name!r} ({error}); give tokenizer=….") from error
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What talking to the Hub raises: answers and files that are missing are OSErrors, a cut connection need not be."""
+    return OSError, HFValidationError, getattr(errors, "HTTPError", OSError)  # of requests or httpx, by hub version
+
+
+def _shared(hub: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in hub.items() if k in ("token", "cache_dir", "local_files_only")}

@@ -94,9 +94,16 @@ class Results:
         return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """The rows at the top level, what was run under "settings", other test splits under "also"."""
-        also = {"also": self.also} if self.also else {}
-        return {**self.rows, **also, "settings": {**self.settings, "seconds": round(self.seconds, 1)}}
+        """Rows at the top level, what was run under "settings", other test splits under "also"; NaN becomes None."""
+        also = {"also": {name: _jsonable(rows) for name, rows in self.also.items()}} if self.also else {}
+        return {**_jsonable(self.rows), **also, "settings": {**self.settings, "seconds": round(self.seconds, 1)}}
+
+
+def _jsonable(rows: Rows) -> dict[str, dict[str, list[float | None]]]:
+    return {
+        row: {metric: [None if v != v else v for v in values] for metric, values in metrics.items()}
+        for row, metrics in rows.items()
+    }
 
 
 @dataclass(frozen=True)

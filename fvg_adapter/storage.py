@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fvg_adapter.base_models import check_base_model, load_base_model, load_tokenizer
+from fvg_adapter.base_models import check_base_model, hub_errors, load_base_model, load_tokenizer
 from fvg_adapter.errors import FVGError
 
 FORMAT = "fvg_adapter"
@@ -135,21 +135,35 @@ class Pretrained:
         commit_message: str = "Upload with fvg_adapter",
         create_pr: bool = False,
     ) -> str:
-        """Saves and uploads to the Hub; returns the commit's address. Paths of this machine are left out."""
+        """Saves and uploads to the Hub; returns the commit's address. Paths of this machine are left out.
+
+        Raises:
+            FVGError: not logged in, no right to write there, a name that is no Hub id, no connection.
+        """
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if branch:
-            api.create_branch(repo, branch=branch, exist_ok=True)
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save_pretrained(Path(temporary) / "upload")
             config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
             config["base_model"].pop("path", None)
             (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            info = api.upload_folder(
-                repo_id=repo, folder_path=folder, revision=branch, commit_message=commit_message, create_pr=create_pr
-            )
+            try:
+                repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                if branch:
+                    api.create_branch(repo, branch=branch, exist_ok=True)
+                info = api.upload_folder(
+                    repo_id=repo,
+                    folder_path=folder,
+                    revision=branch,
+                    commit_message=commit_message,
+                    create_pr=create_pr,
+                )
+            except hub_errors() as error:
+                raise FVGError(
+                    f"{repo_id!r} could not be pushed to the Hub: {str(error).rstrip('. ')}. Give an id like 'me/pets-fvg', and a token "
+                    "that may write there: token=…, or `hf auth login` once."
+                ) from error
         return str(info.commit_url)
 
 
@@ -184,10 +198,10 @@ def load_any(
         )
     tensors = read_tensors(folder, config)
     if clip is None:
-        clip = load_base_model(config["base_model"])
+        clip = load_base_model(config["base_model"], **hub)
     check_base_model(clip, config["base_model"])
     if tokenizer is None:
-        tokenizer = load_tokenizer(clip, config["base_model"])
+        tokenizer = load_tokenizer(clip, config["base_model"], **hub)
     return cls.rebuild(config, tensors, clip, tokenizer, classes, folder)
 
 
@@ -201,15 +215,18 @@ def fetch(id_or_dir: str | os.PathLike[str], *, revision: str | None = None, **h
             f"there is no folder {name}; give a folder written by save_pretrained, or a Hub id like 'me/pets-fvg'."
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS, **hub))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS, **hub))
+    except hub_errors() as error:
         raise FVGError(
             f"{name!r} is no folder here, and it could not be loaded from the Hub"
-            f"{f' at revision {revision!r}' if revision else ''}: {error}"
+            f"{f' at revision {revision!r}' if revision else ''}: {str(error).rstrip('. ')}. "
+            "Check the name and the connection; for a private repository log in (`hf auth login`) or give token=…."
         ) from error
+    if not (folder / CONFIG_FILE).is_file():
+        raise FVGError(f"the Hub repository {name!r} has no {CONFIG_FILE}; nothing was put there by push_to_hub.")
+    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -269,7 +286,10 @@ def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[str,
         try:
             tensors[name] = load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise FVGError(f"{path} is no whole safetensors file: {error}; copy or download it again.") from error
+            raise FVGError(
+                f"{path} is no whole safetensors file: {error}; copy it again, or download it again "
+                "with force_download=True."
+            ) from error
         if _sha256(path) != digest:
             raise FVGError(
                 f"{path} is not the file that was saved with this {CONFIG_FILE} (its sha256 differs): an interrupted "

@@ -1,7 +1,8 @@
 """A Hugging Face Hub on the loopback: as much of its HTTP interface as pushing and loading models takes, in memory.
 
-For tests only. Clients find it through HF_ENDPOINT, which huggingface_hub reads once on import: set it for a new process,
-and HF_HUB_DISABLE_XET=1 beside it, for files are uploaded in the two older ways, inside the commit and by Git LFS.
+For tests only. Clients find it through HF_ENDPOINT, which huggingface_hub reads once on import: set it for a new
+process, and HF_HUB_DISABLE_XET=1 beside it, for files are uploaded in the two older ways, inside the commit and by Git
+LFS.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ TOKEN = "hf_loopback"
 
 class Refused(Exception):
     """An answer other than 200: the status, the Hub's name of the error (or None), what the client is told."""
+
+
+class BrokenOff(Exception):
+    """No answer at all."""
 
 
 class Repo:
@@ -59,14 +64,19 @@ class Repo:
 
 
 class LoopbackHub(ThreadingHTTPServer):
-    """The server; `repos` is what it holds, `requests` the lines it was asked, `regular` the repos without LFS."""
+    """The server: `repos` is what it holds, `requests` the lines it was asked.
+
+    Args:
+        regular: repositories whose files are all uploaded inside the commit.
+        mute: repositories that cannot be created because the connection breaks off.
+    """
 
     daemon_threads = True
 
-    def __init__(self, regular: tuple[str, ...] = ()) -> None:
+    def __init__(self, regular: tuple[str, ...] = (), mute: tuple[str, ...] = ()) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.regular = regular
+        self.regular, self.mute = regular, mute
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
@@ -78,9 +88,9 @@ class LoopbackHub(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serving(regular: tuple[str, ...] = ()) -> Iterator[LoopbackHub]:
-    """A hub that answers inside the block."""
-    with LoopbackHub(regular) as hub:
+def serving(**repos: tuple[str, ...]) -> Iterator[LoopbackHub]:
+    """A hub that answers inside the block; the arguments are those of `LoopbackHub`."""
+    with LoopbackHub(**repos) as hub:
         thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         try:
@@ -107,6 +117,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.requests.append(f"{self.command} {unquote(self.url.path)}")
             try:
                 status, data, headers = self.route(unquote(self.url.path).strip("/"))
+            except BrokenOff:
+                self.close_connection = True
+                return
             except Refused as refused:
                 status, code, message = refused.args
                 data, headers = json.dumps({"error": message}).encode(), {"X-Error-Message": message}
@@ -118,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_any  # noqa: N815 (the names that http.server calls)
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
     def read_body(self) -> bytes:
         """What the client sent, in one piece or in chunks."""
@@ -140,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
         if path.endswith(".git/info/lfs/objects/batch"):
             return as_json(self.lfs_batch(self.repo(path.partition(".git/")[0])))
         if path == "api/repos/create":
-            return as_json(self.create(json.loads(self.body)))
+            return self.create(json.loads(self.body))
         if path == "api/validate-yaml":
             return as_json({"errors": [], "warnings": []})
         if path.startswith("api/models/"):
@@ -165,13 +178,16 @@ class Handler(BaseHTTPRequestHandler):
             self.demand_token()
         return repo
 
-    def create(self, request: dict[str, Any]) -> dict[str, Any]:
+    def create(self, request: dict[str, Any]) -> tuple[int, bytes, dict[str, str]]:
         name = f"{request.get('organization') or 'me'}/{request['name']}"
+        if name in self.server.mute:
+            raise BrokenOff
+        answer = {"url": f"{self.server.url}/{name}"}
         if name in self.server.repos:
-            raise Refused(409, None, "You already created this model repo")
+            return as_json({**answer, "error": "You already created this model repo"}, status=409)
         private = request.get("visibility") == "private" or bool(request.get("private"))
         self.server.repos[name] = Repo(name, private)
-        return {"url": f"{self.server.url}/{name}"}
+        return as_json(answer)
 
     def info(self, repo: Repo, revision: str) -> dict[str, Any]:
         siblings = [{"rfilename": path} for path in repo.files(revision)]
@@ -245,6 +261,6 @@ class Handler(BaseHTTPRequestHandler):
         return 200, data, {"X-Repo-Commit": sha, "ETag": f'"{repo.oid(data)}"'}
 
 
-def as_json(answer: Any) -> tuple[int, bytes, dict[str, str]]:
-    """A 200 with JSON."""
-    return 200, json.dumps(answer).encode(), {"Content-Type": "application/json"}
+def as_json(answer: Any, status: int = 200) -> tuple[int, bytes, dict[str, str]]:
+    """An answer in JSON."""
+    return status, json.dumps(answer).encode(), {"Content-Type": "application/json"}

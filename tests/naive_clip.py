@@ -53,7 +53,10 @@ def vision(clip: CLIPModel, pixels: Tensor, edit: Edit, behind: Tensor | None = 
     size = config.patch_size
     patches = pixels.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     x = patches @ model.embeddings.patch_embedding.weight.flatten(1).T
-    x = torch.cat([model.embeddings.class_embedding.expand(len(x), 1, -1), x], 1) + model.embeddings.position_embedding.weight
+    x = (
+        torch.cat([model.embeddings.class_embedding.expand(len(x), 1, -1), x], 1)
+        + model.embeddings.position_embedding.weight
+    )
     if behind is not None:
         x = torch.cat([x, behind.expand(len(x), -1, -1)], 1)
     x = model.pre_layrnorm(x)

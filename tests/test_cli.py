@@ -392,14 +392,32 @@ def test_adapters_that_do_not_fit_are_told(data: Path, trained: Any, tmp_path: P
     assert_mistake(run("predict", torn, data / "test" / "cat" / "0.png", *HERE), "no whole safetensors file")
 
 
-def test_a_truncated_training_picture_is_named(base: Path, data: Path, tmp_path: Path) -> None:
+def test_unreadable_pictures_are_counted_and_named(base: Path, data: Path, trained: Any, tmp_path: Path) -> None:
     root = tmp_path / "things"
     shutil.copytree(data, root)
-    for picture in (root / "train" / "apple").iterdir():
+    for split in ("train", "test"):
+        torn = root / split / "apple" / "0.png"
+        torn.write_bytes(torn.read_bytes()[:150])
+    result = run("train", root, "--model", base, "--shots", "3", "--seeds", "1", "--json", "--epochs", "1", *HERE)
+    assert result.exit_code == 0, result.stderr
+    assert set(json.loads(result.stdout)) > {"clip", "coop", "coop+fvg"}
+    for split in ("train", "test"):
+        assert f"{split}/apple/0.png" in result.stderr
+    assert "warning: 1 of 6 pictures cannot be read" in result.stderr
+    scored = run("eval", trained.adapter, root, "--json", *HERE)
+    assert "test/apple/0.png" in scored.stderr
+    document = json.loads(scored.stdout)
+    assert (document["pictures"], document["unreadable"]) == (7, 1)
+
+
+def test_nothing_is_written_where_no_picture_can_be_read(base: Path, data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "things"
+    shutil.copytree(data, root)
+    for picture in (root / "train").rglob("*.png"):
         picture.write_bytes(picture.read_bytes()[:150])
     result = run("train", root, "--model", base, "--output", tmp_path / "output", *QUICK)
     assert_mistake(result, "apple")
-    assert not (tmp_path / "output" / "results.json").exists()
+    assert not (tmp_path / "output").exists()
 
 
 def test_unexpected_errors_end_with_1_and_debug_shows_them(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ FORMS: dict[str, Any] = {
     "numpy uint16": lambda m: (m * 255).numpy().astype(np.uint16),
     "numpy float64": lambda m: m.numpy().astype(np.float64),
     "numpy big-endian": lambda m: (m * 255).numpy().astype(">i4"),
-    "numpy read-only": lambda m: np.frombuffer((m * 255).byte().numpy().tobytes(), np.uint8).reshape(m.shape),
+    "numpy read-only": lambda m: np.frombuffer(m.numpy().tobytes(), np.float32).reshape(m.shape),
 }
 
 

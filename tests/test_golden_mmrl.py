@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import naive_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel
 
-import naive_clip
 from conftest import GOLDEN, Golden
 from fvg_adapter import FVGConfig, wrap
 from fvg_adapter.errors import FVGError
@@ -82,7 +82,9 @@ def test_hidden_states_layer_by_layer(golden: Callable[[str], Golden], golden_cl
     for side in ("text", "vision"):
         for k, layer in enumerate(getattr(golden_clip, f"{side}_model").encoder.layers, 1):
             layer.register_forward_hook(
-                lambda m, a, out, key=f"hidden_{side}/{k:02d}": seen.update({key: out[0] if isinstance(out, tuple) else out})
+                lambda m, a, out, key=f"hidden_{side}/{k:02d}": seen.update(
+                    {key: out[0] if isinstance(out, tuple) else out}
+                )
             )
     with torch.no_grad():
         tuner(case["images"])
@@ -211,7 +213,9 @@ def test_text_features_are_not_reused_after_a_step(small_clip: CLIPModel, tokeni
 # -- FVG-PT behind it (METHOD section 5) -----------------------------------------------------------------------------
 
 
-def test_fvg_starts_at_both_of_its_scores(golden: Callable[[str], Golden], golden_clip: CLIPModel, tokenizer: Any) -> None:
+def test_fvg_starts_at_both_of_its_scores(
+    golden: Callable[[str], Golden], golden_clip: CLIPModel, tokenizer: Any
+) -> None:
     case = golden("mmrl")
     tuner = make(case, golden_clip, tokenizer)
     model = wrap(tuner, config=FVGConfig(init_std=0.0)).eval()
@@ -223,7 +227,9 @@ def test_fvg_starts_at_both_of_its_scores(golden: Callable[[str], Golden], golde
             close(model(case["images"]).logits, case["eval_new/prediction_scores"])
 
 
-def test_the_two_scores_enter_the_heads(golden: Callable[[str], Golden], golden_clip: CLIPModel, tokenizer: Any) -> None:
+def test_the_two_scores_enter_the_heads(
+    golden: Callable[[str], Golden], golden_clip: CLIPModel, tokenizer: Any
+) -> None:
     case = golden("mmrl")
     tuner = make(case, golden_clip, tokenizer)
     model = wrap(tuner, config=FVGConfig(init_std=0.0))
@@ -252,7 +258,7 @@ def test_where_the_patches_lie(golden: Callable[[str], Golden], tokenizer: Any) 
     weights = {}
     for k in (4, 5, 11):
         clip.vision_model.encoder.layers[k].self_attn.register_forward_hook(
-            lambda m, a, out, k=k: weights.update({k: out[1]}), always_call=False
+            lambda m, a, out, k=k: weights.update({k: out[1]})
         )
     model = wrap(tuner, config=FVGConfig(attention_layers=(4, 5, 11)))
     seen = model.eval()(case["images"], return_attention=True).foreground_attention

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import naive_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel
 
-import naive_clip
 from conftest import Golden
 from fvg_adapter.errors import FVGError
 from fvg_adapter.tuners import PromptSRC
@@ -143,7 +143,9 @@ def test_the_teacher_is_the_mean_before_normalisation(
 # -- other sizes: CLIP written out -----------------------------------------------------------------------------------
 
 
-def naive_features(clip: CLIPModel, tokenizer: Any, tuner: PromptSRC, words: str, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def naive_features(
+    clip: CLIPModel, tokenizer: Any, tuner: PromptSRC, words: str, pixels: Tensor
+) -> tuple[Tensor, Tensor]:
     n = len(tuner.text_ctx)
     tokens, ends = naive_clip.embedded(clip, tokenizer, [f"{words} {c}." for c in tuner.classes])
     text_deep = getattr(tuner, "text_deep", [])
@@ -204,7 +206,13 @@ def test_losses_of_another_batch(golden: Callable[[str], Golden], golden_clip: C
     case = golden("promptsrc")
     names = ["cat", "dog", "a car"]
     tuner = PromptSRC(
-        golden_clip, tokenizer, names, teacher_templates=FEW, text_loss_weight=3, image_loss_weight=2, prompt_depth_text=2
+        golden_clip,
+        tokenizer,
+        names,
+        teacher_templates=FEW,
+        text_loss_weight=3,
+        image_loss_weight=2,
+        prompt_depth_text=2,
     )
     images, labels = case["images"][:2], torch.tensor([2, 0])
     output = tuner(images, labels)

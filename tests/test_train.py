@@ -467,6 +467,7 @@ def test_a_loss_that_is_not_finite_is_an_error_before_it_spreads(heads: Make) ->
         ({"precision": "fp16"}, "needs a GPU"),
         ({"seed": -1}, "seed must be"),
         ({"device": "cuda:3"}, "CUDA_VISIBLE_DEVICES"),
+        ({"output_dir": __file__}, "is a file; give a folder"),
     ],
 )
 def test_mistakes_are_named_before_anything_happens(heads: Make, given: dict[str, Any], message: str) -> None:

@@ -55,7 +55,7 @@ def evaluate_adapter(
     The classes that the adapter was tuned on are known by name. Masks are
     only used to measure (D_fg, attention inside the mask); without them these
     figures are left out. Where all classes are of one group, there is one
-    accuracy.
+    accuracy. Pictures that cannot be read are named, counted and left out.
 
     Examples:
 
@@ -73,7 +73,7 @@ def evaluate_adapter(
     config = getattr(loaded, "config", None)
     normal = () if config is None else (config.image_mean, config.image_std)
     transform = PairedTransform(encoder.image_size, *normal, train=False)
-    pictures = open_dataset(data, split, masks="optional", transform=transform)
+    pictures = open_dataset(data, split, masks="optional", transform=transform).drop_unreadable()
     known = set(loaded.base_classes)
     groups = [[i for i, name in enumerate(pictures.classes) if (name in known) is seen] for seen in (True, False)]
     sets = [pictures.keep_classes(group) if group else None for group in groups]
@@ -81,7 +81,12 @@ def evaluate_adapter(
     if tell is not None:
         tell(f"scoring {len(pictures)} pictures of {len(groups[0])} tuned and {len(groups[1])} unseen classes")
     figures = _figures(loaded, sets, batch)
-    counts = {"pictures": len(pictures), "base_classes": len(groups[0]), "new_classes": len(groups[1])}
+    counts = {
+        "pictures": len(pictures),
+        "unreadable": len(pictures.unreadable),
+        "base_classes": len(groups[0]),
+        "new_classes": len(groups[1]),
+    }
     if as_json:
         show_json({"adapter": adapter, "data": data, "split": split, **counts, **figures})
         return

@@ -88,6 +88,14 @@ def train_and_compare(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON file with fields of FVGConfig.", rich_help_panel=_HEADS)
     ] = None,
+    min_crop: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of a training picture that a random crop keeps at least, in both stages.",
+            rich_help_panel=_RUN,
+            show_default=_PUBLISHED,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder for results.json, the adapter and a picture.", rich_help_panel=_RUN),
@@ -143,6 +151,10 @@ def train_and_compare(
         recipe.tune, f"tuning a {tuner!r}", "--tune-", lr=tune_lr, epochs=tune_epochs, batch_size=tune_batch
     )
     heads = _override(recipe.fvg, "the heads", "--", lr=lr, epochs=epochs, batch_size=batch)
+    if min_crop is not None:
+        if not 0 < min_crop <= 1:
+            raise FVGError(f"--min-crop must lie above 0 and not above 1, but is {min_crop}.")
+        tune, heads = _cropped(tune, min_crop), _cropped(heads, min_crop)
     settings = _config(config, weights, model)
     clip, tokenizer = load_base(model, place)
     results = base_to_new(
@@ -209,6 +221,10 @@ def _override(stage: Stage | None, what: str, prefix: str, **given: float | None
     if stage is None:
         raise FVGError(f"{what} learns nothing in stage one; leave {prefix}lr, {prefix}epochs and {prefix}batch out.")
     return dataclasses.replace(stage, **changes)  # type: ignore[arg-type]
+
+
+def _cropped(stage: Stage | None, smallest: float) -> Stage | None:
+    return stage and dataclasses.replace(stage, crop_scale=(smallest, 1.0))
 
 
 def _config(path: Path | None, weights: dict[str, float | None], model: str) -> FVGConfig:

@@ -109,6 +109,8 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(randomness_kept())
         keys = _check_data(model, dataset)
+        if output_dir is not None and Path(output_dir).exists() and not Path(output_dir).is_dir():
+            raise FVGError(f"{output_dir} is a file; give a folder for the checkpoints.")
         found = checkpoint_for(resume, output_dir, model)
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(_left_as_found(model, precision))

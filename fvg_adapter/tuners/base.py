@@ -316,11 +316,17 @@ class Tuner(nn.Module, Pretrained):
         return self.clip
 
     def train(self, mode: bool = True) -> Tuner:
-        """Sets the mode of the tuner's own modules; the frozen CLIP stays in evaluation mode."""
+        """Sets the mode of the tuner's own modules; the frozen CLIP stays in evaluation mode (no dropout in features).
+
+        Layers with gradient checkpointing get the mode too, not what is in them: checkpointing asks for it.
+        """
         self.training = mode
         for name, module in self.named_children():
             if name != "clip":
                 module.train(mode)
+        for module in self.clip.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = mode
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tuner:
@@ -330,7 +336,7 @@ class Tuner(nn.Module, Pretrained):
                 module._apply(fn)
             else:
                 module._apply(keep_full_precision(fn))
-        super()._apply(keep_full_precision(fn), recurse=False)
+        super()._apply(keep_full_precision(fn), recurse=False)  # type: ignore[no-untyped-call]
         self._text_cache.clear()
         return self
 

@@ -21,7 +21,7 @@ from fvg_adapter.tuners.adapters import (
     take_out,
 )
 from fvg_adapter.tuners.base import Tuner
-from fvg_adapter.tuners.passes import acts
+from fvg_adapter.tuners.passes import acts, let_gradients_in
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE
 
 FOLDER = "lora"
@@ -85,6 +85,10 @@ class LoRA(Tuner):
             self.changes_images = adapts_images(self.encoder, self._adapter_layers)
             for layer in self._adapter_layers:
                 self._handles.append(layer.register_forward_hook(self._suspend, with_kwargs=True))
+        self._handles.append(self.encoder.vision_encoder.register_forward_pre_hook(let_gradients_in, with_kwargs=True))
+        if self.encoder.has_text:
+            text: Any = self.encoder.text
+            self._handles.append(text.encoder.register_forward_pre_hook(let_gradients_in, with_kwargs=True))
         for layer in self._adapter_layers:
             for parameter in own_parameters(layer, active_only=True):
                 parameter.requires_grad_(True)

@@ -16,7 +16,7 @@ from fvg_adapter.errors import FVGError
 from fvg_adapter.modes import full_precision
 from fvg_adapter.towers import hidden_of, replace_hidden
 from fvg_adapter.tuners.base import Tuner, TunerOutput, check_labels
-from fvg_adapter.tuners.passes import acts, own_pass
+from fvg_adapter.tuners.passes import acts, let_gradients_in, marked, own_pass
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE
 
 LOGIT_SCALE = 100.0
@@ -122,6 +122,8 @@ class MMRL(Tuner):
         self._handles += [
             text.embeddings.register_forward_hook(self._lengthen_text),  # type: ignore[union-attr]
             text.encoder.register_forward_pre_hook(self._lengthen_mask, with_kwargs=True),  # type: ignore[union-attr]
+            text.encoder.register_forward_pre_hook(let_gradients_in, with_kwargs=True),  # type: ignore[union-attr]
+            encoder.vision_encoder.register_forward_pre_hook(let_gradients_in, with_kwargs=True),
             text.final_layer_norm.register_forward_pre_hook(self._shorten_text),  # type: ignore[union-attr]
             encoder.vision_encoder.register_forward_hook(self._keep_hidden),
         ]
@@ -160,7 +162,7 @@ class MMRL(Tuner):
             return None
         tokens = self._mapped(self.r2t_weight[index], self.r2t_bias[index], hidden)
         behind = hidden[:, 1 : -self._n_rep] if index == 0 else hidden[:, 1 + self._n_rep :]
-        return replace_hidden(args, kwargs, torch.cat([hidden[:, :1], tokens, behind], dim=1))
+        return replace_hidden(args, kwargs, marked(torch.cat([hidden[:, :1], tokens, behind], dim=1), hidden))
 
     def _shorten_text(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Before the last LayerNorm: without the tokens, so that the end of text lies where the token ids have it."""
@@ -177,7 +179,7 @@ class MMRL(Tuner):
             return None
         tokens = self._mapped(self.r2v_weight[index], self.r2v_bias[index], hidden)
         behind = hidden[:, 1:] if index == 0 else hidden[:, 1 + self._n_rep :]
-        return replace_hidden(args, kwargs, torch.cat([hidden[:, :1], tokens, behind], dim=1))
+        return replace_hidden(args, kwargs, marked(torch.cat([hidden[:, :1], tokens, behind], dim=1), hidden))
 
     def _keep_hidden(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Behind the vision encoder, in a pass of ours: the tokens that the representation feature is made of."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,34 @@ def acts(tuner: nn.Module, *, in_direct_calls: bool, hidden: Tensor | None = Non
     elif hidden is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         setattr(hidden, _MARK, owner)
     return in_direct_calls if owner is None else owner is tuner
+
+
+def marked(new: Tensor, hidden: Tensor) -> Tensor:
+    """`new` with the mark of the hidden states that it takes the place of, for the next tuner's hook on the layer."""
+    if hasattr(hidden, _MARK):
+        setattr(new, _MARK, getattr(hidden, _MARK))
+    return new
+
+
+def let_gradients_in(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook on a tower's encoder, for tuners that learn inside layers: in a tuner's own pass, with reentrant
+    checkpointing (the default before transformers 5), hidden states ask for a gradient.
+
+    Such a checkpoint gives no gradient to what is inside when nothing that enters it asks for one, which is so in a
+    frozen tower.
+    """
+    hidden = args[0] if args else kwargs.get("inputs_embeds")
+    if getattr(_THREAD, "owner", None) is None or not torch.is_grad_enabled() or not isinstance(hidden, Tensor):
+        return
+    if not hidden.requires_grad and any(_reentrant(module) for module in encoder.modules()):
+        hidden.requires_grad_(True)
+
+
+def _reentrant(module: nn.Module) -> bool:
+    function = module.__dict__.get("_gradient_checkpointing_func")
+    if function is None or not getattr(module, "gradient_checkpointing", False) or not module.training:
+        return False
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
 
 
 def _in_backward() -> bool:

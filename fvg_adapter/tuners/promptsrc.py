@@ -15,7 +15,7 @@ from fvg_adapter.errors import FVGError
 from fvg_adapter.towers import hidden_of, replace_hidden
 from fvg_adapter.tuners.averaging import GaussianAverage
 from fvg_adapter.tuners.base import Tuner, TunerOutput, check_labels
-from fvg_adapter.tuners.passes import acts, untouched
+from fvg_adapter.tuners.passes import acts, marked, untouched
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Prompts, check_template, fill, with_context
 from fvg_adapter.tuners.templates import PROMPTSRC_TEMPLATES
 
@@ -160,7 +160,7 @@ class PromptSRC(Tuner):
         hidden = hidden_of(args, kwargs)  # (C, L, d_t)
         if not acts(self, in_direct_calls=False, hidden=hidden):
             return None
-        return replace_hidden(args, kwargs, _put(hidden, self.text_deep[index], 1))
+        return replace_hidden(args, kwargs, marked(_put(hidden, self.text_deep[index], 1), hidden))
 
     def _append_vision(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Behind CLS and patches with their positions, before the first LayerNorm: vision_ctx."""
@@ -177,7 +177,7 @@ class PromptSRC(Tuner):
         if not acts(self, in_direct_calls=True, hidden=hidden):
             return None
         first = hidden.shape[1] - self._n_vision
-        return replace_hidden(args, kwargs, _put(hidden, self.vision_deep[index], first))
+        return replace_hidden(args, kwargs, marked(_put(hidden, self.vision_deep[index], first), hidden))
 
     # -- features --------------------------------------------------------------------------------------------------
 
