@@ -89,7 +89,7 @@ def load_base_model(record: Mapping[str, Any], **hub: Any) -> nn.Module:
         raise FVGError(f"the base model could not be loaded: {source} is no model folder any more; give it as clip=….")
     try:
         model: nn.Module = AutoModel.from_pretrained(source, revision=record.get("revision") or "main", **_shared(hub))
-    except (*hub_errors(), ValueError) as error:
+    except hub_errors() as error:
         raise FVGError(f"the base model {source!r} could not be loaded ({error}); give it as clip=….") from error
     return model
 
@@ -107,13 +107,13 @@ def load_tokenizer(clip: nn.Module, record: Mapping[str, Any], **hub: Any) -> An
     revision = record.get("revision") if name == record.get("id") else None  # of the same commit as the model
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision or "main", **_shared(hub))
-    except (*hub_errors(), ValueError) as error:
+    except hub_errors() as error:
         raise FVGError(f"no tokenizer could be loaded from {name!r} ({error}); give tokenizer=….") from error
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """What talking to the Hub raises: answers and files that are missing are OSErrors, a cut connection need not be."""
-    return OSError, HFValidationError, getattr(errors, "HTTPError", OSError)  # of requests or httpx, by hub version
+    """What talking to the Hub raises: OSErrors, ValueErrors for names, and those of requests or httpx by version."""
+    return OSError, ValueError, getattr(errors, "HTTPError", OSError)
 
 
 def _shared(hub: Mapping[str, Any]) -> dict[str, Any]:

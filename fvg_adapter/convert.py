@@ -1,17 +1,13 @@
 """Checkpoints of the Dassl family (`prompt_learner/model.pth.tar-N` and its relatives) as tuners of this package.
 
-A `.pth.tar` is a pickle, and genuine ones hold a scheduler object beside the tensors. It is read by torch's
-weights-only loader; the scheduler and optimiser classes that such files name are replaced by stand-ins that keep
-nothing, and anything else is refused before it can run. Imports tuners.
+`checkpoints` reads the file, this module knows what each trainer puts into it. Imports tuners and checkpoints.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fvg_adapter.checkpoints import checkpoint_file, read_checkpoint
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.towers import DualEncoder
 from fvg_adapter.tuners.base import Tuner
@@ -29,21 +26,6 @@ from fvg_adapter.tuners.mmrl import MMRL
 from fvg_adapter.tuners.promptsrc import WORDS_UP_TO, PromptSRC
 
 KINDS: dict[str, type[Tuner]] = {"coop": CoOp, "kgcoop": KgCoOp, "promptsrc": PromptSRC, "mmrl": MMRL}
-
-STAND_INS = (
-    "dassl.optim.lr_scheduler.ConstantWarmupScheduler",
-    "dassl.optim.lr_scheduler.LinearWarmupScheduler",
-    "dassl.optim.radam.RAdam",
-    "torch.optim.lr_scheduler.CosineAnnealingLR",
-    "torch.optim.lr_scheduler.MultiStepLR",
-    "torch.optim.lr_scheduler.StepLR",
-    "torch.optim.adam.Adam",
-    "torch.optim.adamw.AdamW",
-    "torch.optim.radam.RAdam",
-    "torch.optim.rmsprop.RMSprop",
-    "torch.optim.sgd.SGD",
-)
-"""The classes that Dassl's warm-up scheduler and what it refers to bring into a checkpoint; none of them is run."""
 
 _DROPPED = (
     (r"(?:.*\.)?token_(?:prefix|suffix|midfix)|(?:.*\.)?prompt_embeddings", "depends on the class names, made anew"),
@@ -145,77 +127,6 @@ def convert(
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return Converted(tuner, kind, epoch, parts.kept, dropped, notes)
-
-
-# -- reading ---------------------------------------------------------------------------------------------------------
-
-
-def checkpoint_file(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint itself: the file, or in a folder the one of the highest epoch, else model-best."""
-    path = Path(path)
-    if not path.is_dir():
-        if not path.is_file():
-            raise FVGError(f"there is no checkpoint {path}; give a model.pth.tar-N, or the folder that holds it.")
-        return path
-    numbered = {int(f.name.rpartition("-")[2]): f for f in path.glob("model*.pth.tar-*") if f.name[-1].isdigit()}
-    if numbered:
-        return numbered[max(numbered)]
-    best = path / "model-best.pth.tar"
-    if not best.is_file():
-        inside = sorted(f.name for f in path.iterdir())[:6]
-        raise FVGError(f"{path} holds no model.pth.tar-N and no model-best.pth.tar, but {inside}.")
-    return best
-
-
-def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], int | None]:
-    """The tensors of a checkpoint by name, without DataParallel's "module.", in full precision; and its epoch.
-
-    Raises:
-        FVGError: the file names code (which is not run), is damaged, or holds no tensors.
-    """
-    allowed: list[Any] = [(_Nothing, name) for name in STAND_INS]
-    allowed += [(_plain_dict, "collections.defaultdict"), (_Nothing, "builtins.dict")]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it refers to {named[1]}" if named else str(error).splitlines()[0]
-        raise FVGError(
-            f"{file} is refused: {what}, and only tensors and Dassl's schedulers are read. Nothing in it was run."
-        ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FVGError(f"{file} is no whole checkpoint: {error}".splitlines()[0]) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise FVGError(f"{file} holds no state dict of tensors; it is no checkpoint of the Dassl family.")
-    names = [str(k) for k in state]
-    start = "module." if all(name.startswith("module.") for name in names) else ""
-    tensors = {str(k).removeprefix(start): _full(v) for k, v in state.items()}
-    epoch = content.get("epoch") if state is not content else None
-    return tensors, int(epoch) if isinstance(epoch, int) else None
-
-
-def _full(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-
-
-class _Nothing:
-    """Stands in for a class of `STAND_INS`: takes whatever it is made of and keeps nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Nothing:
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _plain_dict(*args: Any) -> dict[Any, Any]:
-    return {}
 
 
 def kind_of(state: Mapping[str, Tensor], file: Path) -> str:

@@ -183,7 +183,6 @@ def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
 
     try:
         with Image.open(path) as stored:
-            stored.load()
             mask = binary_mask(stored)
     except (OSError, SyntaxError, ValueError) as error:
         raise ForegroundError(f"could not read the mask {str(path)!r} ({type(error).__name__}: {error}).") from error

@@ -161,8 +161,8 @@ class Pretrained:
                 )
             except hub_errors() as error:
                 raise FVGError(
-                    f"{repo_id!r} could not be pushed to the Hub: {str(error).rstrip('. ')}. Give an id like 'me/pets-fvg', and a token "
-                    "that may write there: token=…, or `hf auth login` once."
+                    f"{repo_id!r} could not be pushed to the Hub: {str(error).rstrip('. ')}. Give an id "
+                    "like 'me/pets-fvg', and a token that may write there: token=…, or `hf auth login` once."
                 ) from error
         return str(info.commit_url)
 

@@ -42,7 +42,14 @@ def before_after(
     sets = [s for s in (base_set, new_set) if s is not None]
     per_set = max(1, pictures // len(sets))
     columns = [(s, i) for s in sets for i in _spread(len(s), per_set)]
-    figure, axes = plt.subplots(2, len(columns), figsize=(2.5 * len(columns), 6.6), squeeze=False)
+    figure, axes = plt.subplots(
+        3,
+        len(columns),
+        figsize=(2.5 * len(columns), 7.0),
+        squeeze=False,
+        layout="constrained",
+        height_ratios=(3, 3, 1.1),
+    )
     mode = model.training
     model.eval()
     try:
@@ -51,7 +58,6 @@ def before_after(
     finally:
         model.train(mode)
     figure.suptitle("Foreground outlined; attention below; answers of CLIP, the tuner and FVG-PT", fontsize=11)
-    figure.tight_layout(rect=(0, 0, 1, 0.97))
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110)
@@ -84,16 +90,20 @@ def _column(axes: Sequence[Any], model: FVGModel, data: Any, index: int, group: 
     axes[1].imshow(_heat(attention[0], picture.shape[:2]), cmap="inferno", alpha=0.65)
     inside = "" if given is None else f", {100 * float(attention_in_mask(attention, given)):.0f} % inside"
     axes[1].set_title(f"attention{inside}", fontsize=9)
-    answers = [("CLIP", prior), (tuner.kind, tuned), ("+FVG-PT", output.logits)]
-    for row, (name, logits) in enumerate(answers):
+    lines = []
+    for name, logits in (("CLIP", prior), (tuner.kind, tuned), ("+FVG-PT", output.logits)):
         best = int(logits.argmax(-1))
-        share = float(logits.softmax(-1)[0, best])
-        colour = _RIGHT if data.classes[best] == truth else _WRONG
-        text = f"{name}: {data.classes[best]} {100 * share:.0f} %"
-        axes[1].text(0.0, -0.07 - 0.11 * row, text, color=colour, fontsize=8.5, transform=axes[1].transAxes, va="top")
-    gates = [] if output.foreground_trust is None else [f"r = {float(output.foreground_trust):.2f}"]
-    gates += [] if trust is None else [f"b = {float(trust):.2f}"]
-    axes[1].text(0.0, -0.40, ", ".join(gates), fontsize=8.5, transform=axes[1].transAxes, va="top")
+        right = data.classes[best] == truth
+        share = 100 * float(logits.softmax(-1)[0, best])
+        lines.append((f"{name}: {data.classes[best]} {share:.0f} %", _RIGHT if right else _WRONG))
+    gates = [
+        f"{name} = {float(value):.2f}"
+        for name, value in (("r", output.foreground_trust), ("b", trust))
+        if value is not None
+    ]
+    lines.append((", ".join(gates), "black"))
+    for row, (text, colour) in enumerate(lines):
+        axes[2].text(0.0, 1.0 - 0.26 * row, text, color=colour, fontsize=9, transform=axes[2].transAxes, va="top")
     for axis in axes:
         axis.set_axis_off()
 

@@ -1,4 +1,4 @@
-"""Dassl-family checkpoints: written here as the trainers write them, through a real warm-up scheduler, and converted."""
+"""Dassl-family checkpoints, written here as the trainers write them, through a real warm-up scheduler."""
 
 from __future__ import annotations
 

@@ -332,6 +332,11 @@ def test_only_our_files_are_fetched(collected: Any) -> None:
     assert fetched == OURS
 
 
+def test_base_model_and_tokenizer_are_asked_for_by_commit(hub: LoopbackHub, collected: Any) -> None:
+    asked = {line.split("/")[4] for line in collected[2] if re.match(r"(GET|HEAD) /me/clip/resolve/", line)}
+    assert asked == {list(hub.repos["me/clip"].commits)[-2]}
+
+
 def test_the_base_model_goes_where_cache_dir_says(collected: Any) -> None:
     assert collected[0]["elsewhere"] == ["models--me--clip", "models--me--x"]
 

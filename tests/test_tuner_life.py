@@ -1,4 +1,4 @@
-"""What holds for every tuner: copies, files, half precision, checkpointing, several on one CLIP, and a clean way out."""
+"""What holds for every tuner: copies, files, half precision, checkpointing, company on one CLIP, a clean way out."""
 
 from __future__ import annotations
 

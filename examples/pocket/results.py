@@ -190,6 +190,18 @@ def task_table(rows: dict[str, dict[str, dict[str, list[float]]]]) -> list[str]:
     return lines
 
 
+def causes_table(record: dict[str, dict[str, dict[str, list[float]]]]) -> list[str]:
+    """What `examples.pocket.causes` found, averaged over its tasks and seeds."""
+    variants = next(iter(record.values()))
+    metrics = list(next(iter(variants.values())))
+    lines = [f"## What moves the figures ({', '.join(record)}; `python -m examples.pocket.causes`)", ""]
+    lines += ["| | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
+    for name in variants:
+        means = [statistics.fmean(v for task in record.values() for v in task[name][m]) for m in metrics]
+        lines.append(f"| {name} | " + " | ".join(f"{m:.1f}" for m in means) + " |")
+    return lines
+
+
 def page(output: Path, tasks: list[str], seeds: list[int]) -> str:
     """The whole page: preconditions, tables, and the remarks kept beside this script."""
     found = gather(output, tasks)
@@ -213,6 +225,8 @@ def page(output: Path, tasks: list[str], seeds: list[int]) -> str:
             "",
         ]
         parts += [*difference_table(rows), "", "Base / new, task by task:", "", *task_table(rows)]
+    if (output / "causes.json").exists():
+        parts += ["", *causes_table(json.loads((output / "causes.json").read_text()))]
     remarks = HERE / "results_remarks.md"
     if remarks.exists():
         parts += ["", remarks.read_text().rstrip()]

@@ -32,9 +32,8 @@ class MMRL(Tuner):
     Tokens R (n_rep_tokens, rep_dim) are mapped into each tower by a linear map of each rep layer's own. At the first
     rep layer they are inserted behind the start token (text) and CLS (vision); at later ones these places are
     overwritten; in between they are carried on. v = the main image feature (CLS), r = the representation feature: the
-    mean over the tokens after the last LayerNorm, projected by `proj_rep`. Scores of tuned classes: 100 · (α v + (1 −
-    α) r) · t; of new
-    classes: 100 · v · t, the tokens still in both towers.
+    mean over the tokens after the last LayerNorm, projected by `proj_rep`. Scores of tuned classes are
+    100 · (α v + (1 − α) r) · t, of new classes 100 · v · t with the tokens still in both towers.
 
     Args:
         model, tokenizer, classes: as for `Tuner`.
@@ -54,8 +53,7 @@ class MMRL(Tuner):
         FVGError: a layer that one of the towers does not have, sizes below 1, α outside [0, 1], a text tower that is
             not causal.
 
-    Source: trainers/mmrl.py of yunncheng/MMRL. Text features are never reused after a parameter changed, as they are
-    there.
+    Source: trainers/mmrl.py of yunncheng/MMRL; its evaluation keeps text features past a training step, this does not.
     """
 
     kind: ClassVar[str] = "mmrl"
