@@ -48,7 +48,8 @@ class FVGConfig:
         squared_temperature: multiply the KLs by τ² (METHOD 8: no).
         freeze_tuner: keep the tuner fixed while the heads learn (METHOD 8: yes).
         attention_layers: encoder layers whose attention makes the foreground map; negative numbers count from the end.
-            Released ViT-B/16s have high-norm background artefacts in the last layer: try [-2] or several there.
+            Released ViT-B/16s have high-norm background artefacts in the last layer: try [-2] or several there. On the
+            pocket CLIP [-2] overlaps the true masks far better too (IoU 0.60 against 0.28).
         attention_threshold: a patch is foreground when its attention is at least this multiple of the image's mean.
         image_mean, image_std: normalisation of the pixels (CLIP's), needed for "black" and for `predict`.
 
@@ -142,7 +143,10 @@ class FVGConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             warnings.warn(f"FVGConfig: unknown fields {unknown} ignored; a newer fvg_adapter wrote them.", stacklevel=2)
-        return cls(**{k: v for k, v in values.items() if k in known})
+        try:
+            return cls(**{k: v for k, v in values.items() if k in known})
+        except TypeError as error:
+            raise FVGError(f"the FVGConfig has a value of the wrong type: {error}.") from error
 
 
 def _tuple(name: str, value: Any) -> tuple[Any, ...]:

@@ -16,7 +16,8 @@ from fvg_adapter import losses as L
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.features import FeatureBank
 from fvg_adapter.model import FVGModel
-from fvg_adapter.tuners.base import Tuner
+from fvg_adapter.tuners.base import Tuner, check_labels
+from fvg_adapter.tuners.prompts import plain
 
 ECE_BINS = 15
 _BRANCHES = ("base", "new", "tuner")
@@ -55,8 +56,10 @@ def evaluate(
         joint_base, joint_new, joint_hm: accuracy in percent among base and new classes together.
         d_fg: mean KL(p_full ‖ p_fg) in nats at τ = 1 with true masks; entropy: mean H(p_full) in nats, same images
             (a flatter softmax lowers d_fg for nothing). NaN without masks.
-        attention_in_mask: mean share of the last layer's attention inside the mask, in [0, 1]. NaN without masks.
-        ece: expected calibration error in percent, 15 bins, over base and new predictions (torchmetrics).
+        attention_in_mask: mean share of the attention (of `config.attention_layers`; a tuner's: the last layer) inside
+            the mask, in [0, 1]. NaN without masks.
+        ece: expected calibration error in percent, 15 bins, of base and of new predictions, weighted by their number
+            (torchmetrics).
 
     Raises:
         FVGError: a set without class names, base and new sets that share classes, or an unknown branch.
@@ -65,11 +68,13 @@ def evaluate(
         if branch not in _BRANCHES:
             raise FVGError(f"branch {branch!r} is unknown. {nearest(branch, _BRANCHES)}")
     names = [_classes_of(base_set, "base_set"), _classes_of(new_set, "new_set")]
-    shared = sorted(set(names[0]) & set(names[1]))
+    shared = sorted({plain(n) for n in names[0]} & {plain(n) for n in names[1]})
     if shared:
         raise FVGError(f"base_set and new_set share the classes {shared[:5]}; split them with base_new_split.")
     with _as_found(model):
         banks = [_bank(model, data, batch_size) for data in (base_set, new_set)]
+        for bank, classes in zip(banks, names, strict=True):
+            check_labels(torch.tensor(bank.labels), len(classes), len(bank))
         own = [_scored(model, b, c, branch) for b, c, branch in zip(banks, names, branches, strict=True)]
         everything = [*names[0], *names[1]]
         offsets = (0, len(names[0]))
@@ -137,8 +142,8 @@ def _joint_logits(
     """(N, C) scores over base and new classes: a tuner's own logits, an FVGModel's rule of METHOD section 11."""
     if not isinstance(model, FVGModel):
         return _logits(model, bank, classes, "tuner")
-    known = set(model.base_classes)
-    is_base = torch.tensor([name in known for name in classes])
+    known = {plain(name) for name in model.base_classes}
+    is_base = torch.tensor([plain(name) in known for name in classes])
     prior, base, new = (_logits(model, bank, classes, branch) for branch in ("prior", *branches))
     return L.joint_log_probs(prior, base, new, is_base)
 
@@ -173,13 +178,14 @@ def _bank(model: FVGModel | Tuner, data: Any, batch_size: int) -> FeatureBank:
 
 @contextlib.contextmanager
 def _as_found(model: FVGModel | Tuner) -> Iterator[None]:
-    classes, mode = model.classes, model.training
+    classes, modes = model.classes, {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
         model.set_classes(classes)
-        model.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _classes_of(data: Any, what: str) -> list[str]:

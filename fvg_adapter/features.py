@@ -242,8 +242,9 @@ def _encode(model: FVGModel, batch: dict[str, Any], device: torch.device, measur
     if model.tuner.changes_images:
         found |= {"prior": views.prior, "foreground_prior": views.foreground_prior}
         found |= {"image_new": views.new, "foreground_new": views.foreground_new if measure else None}
-    if measure and mask is not None and views.attention is not None:
-        found["attention_in_mask"] = attention_in_mask(views.attention, mask)
+    if measure and views.attention is not None:
+        blank = torch.zeros(len(pixels), 1, *pixels.shape[-2:], device=device)
+        found["attention_in_mask"] = attention_in_mask(views.attention, blank if mask is None else mask)
     return {k: v for k, v in found.items() if v is not None}
 
 

@@ -6,6 +6,7 @@ Imports tuners, heads, losses, config, attention and foreground. `wrapping.wrap`
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +21,11 @@ from fvg_adapter.config import FVGConfig
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.foreground import ForegroundSource, resolve_source
 from fvg_adapter.heads import BottleneckAdapter, ReliabilityGate
-from fvg_adapter.modes import Found, keep_full_precision
+from fvg_adapter.modes import Hold, keep_full_precision
 from fvg_adapter.outputs import FVGOutput, Prediction, Status
 from fvg_adapter.storage import HEADS_FILE, Pretrained, load_own
 from fvg_adapter.tuners.base import Tuner, check_labels
+from fvg_adapter.tuners.prompts import plain
 from fvg_adapter.tuners.zero_shot import ZeroShot
 from fvg_adapter.views import ViewEncoder, Views
 
@@ -50,7 +52,11 @@ class FVGModel(nn.Module, Pretrained):
         foreground: str | ForegroundSource = "attention",
         base_classes: Sequence[str] | None = None,
     ) -> None:
-        config = config or FVGConfig()
+        config = FVGConfig() if config is None else config
+        if not isinstance(config, FVGConfig):
+            raise FVGError(
+                f"config must be an FVGConfig, but is a {type(config).__name__}; FVGConfig(**values) makes one."
+            )
         config.validate()
         source = resolve_source(foreground)
         super().__init__()
@@ -67,7 +73,8 @@ class FVGModel(nn.Module, Pretrained):
         self.backbone_gate = ReliabilityGate(config.gate_hidden)
         for head in self._heads():
             head.to(device)
-        self._tuner_found = Found.of(tuner)
+        self._found_classes = tuner.classes
+        self._hold = Hold(tuner)
         # Everything that can fail has come before the user's model is touched.
         self._probe = AttentionProbe(tuner.encoder, layers=config.attention_layers, first_patch=tuner.first_patch)
         if config.freeze_tuner:
@@ -100,8 +107,8 @@ class FVGModel(nn.Module, Pretrained):
         return "base" if all(seen) else "joint" if any(seen) else "new"
 
     def _is_base(self) -> list[bool]:
-        known = set(self.base_classes)
-        return [name in known for name in self.classes]
+        known = {plain(name) for name in self.base_classes}
+        return [plain(name) in known for name in self.classes]
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -130,13 +137,21 @@ class FVGModel(nn.Module, Pretrained):
             FVGError: neither or both inputs, labels out of range, a mask that does not fit, an unknown branch,
                 training on classes that are not the base classes.
         """
+        if self._hold.released:
+            raise FVGError("this model was unwrapped; wrap the model again to go on.")
         branch = self.branch_for(branch)
         learning = self.training and labels is not None
         if (pixel_values is None) == (features is None):
             raise FVGError(f"give pixel_values or features; {'neither' if features is None else 'both'} was given.")
+        if features is not None and "image" not in features:
+            raise FVGError(f"features lack 'image'; they hold {sorted(features)}. Give a batch of a FeatureBank.")
+        if features is not None and (foreground_mask is not None or return_attention):
+            raise FVGError(
+                "masks and attention belong to pixels; a FeatureBank's features hold their foreground already."
+            )
         if labels is not None:
             given = pixel_values if pixel_values is not None else features["image"]  # type: ignore[index]
-            check_labels(labels, len(self.classes), len(given))
+            labels = check_labels(labels, len(self.classes), len(given))
             if learning and not all(self._is_base()):
                 raise FVGError(
                     "training needs the classes that the model was wrapped for, but the current class list holds "
@@ -195,7 +210,7 @@ class FVGModel(nn.Module, Pretrained):
         terms = {
             "base_ce": F.cross_entropy(z_fdc, labels),
             "frg": L.gate_loss(gate_logits, target, views.usable),
-            "distill": L.distillation_loss(reached, z_fg, z_full, z_fdc, **tempered),  # type: ignore[arg-type]
+            "distill": L.distillation_loss(reached, z_fg.detach(), z_full.detach(), z_fdc, **tempered),  # type: ignore[arg-type]
             "new_ce": F.cross_entropy(z_pc, labels),
             "new_kl": L.prior_divergence(z_prior, z_pc, **tempered),  # type: ignore[arg-type]
         }
@@ -206,9 +221,11 @@ class FVGModel(nn.Module, Pretrained):
             + config.lambda_new * (terms["new_ce"] + config.lambda_new_kl * terms["new_kl"])
         )
         logits = {"base": z_fdc, "new": z_pc}.get(branch)
+        if logits is None:
+            logits = L.joint_log_probs(z_prior, z_fdc, z_pc, torch.tensor(self._is_base(), device=text.device))
         return FVGOutput(
             loss=loss,
-            logits=z_fdc if logits is None else logits,
+            logits=logits,
             logits_base=z_fdc,
             logits_new=z_pc,
             foreground_trust=trust.detach(),
@@ -302,7 +319,7 @@ class FVGModel(nn.Module, Pretrained):
         )
 
     def _encoder(self) -> ViewEncoder:
-        return ViewEncoder(self.tuner, self.config, self._probe)
+        return ViewEncoder(self.tuner, self.config, self._probe, learning=self.training)
 
     # -- use -------------------------------------------------------------------------------------------------------
 
@@ -322,8 +339,12 @@ class FVGModel(nn.Module, Pretrained):
         Returns:
             A list of `Prediction(name, probability)` for one picture, a list of such lists for several.
         """
+        from PIL.Image import Image as PILImage
+
         from fvg_adapter.data.transforms import PairedTransform
 
+        if top_k < 1:
+            raise FVGError(f"top_k is {top_k}, but at least 1 class must be named.")
         single = not isinstance(images, (list, tuple, Tensor))
         if isinstance(images, Tensor):
             pixels = images if images.dim() == 4 else images.unsqueeze(0)
@@ -334,6 +355,11 @@ class FVGModel(nn.Module, Pretrained):
             pictures = [images] if single else list(images)
             if not pictures:
                 return []
+            for picture in pictures:
+                if not isinstance(picture, PILImage):
+                    raise FVGError(
+                        f"predict takes PIL pictures or pixels, but got a {type(picture).__name__}; open it first."
+                    )
             pixels = torch.stack([transform(picture.convert("RGB"))["pixel_values"] for picture in pictures])
         mode = self.training
         self.eval()
@@ -377,7 +403,9 @@ class FVGModel(nn.Module, Pretrained):
     def release(self) -> Tuner:
         """Takes the hooks off and gives the tuner back as it was found; see `fvg_adapter.unwrap`."""
         self._probe.detach()
-        self._tuner_found.restore(self.tuner)
+        if not self._hold.released:
+            self.tuner.set_classes(self._found_classes)
+        self._hold.release(self.tuner)
         return self.tuner
 
     def train(self, mode: bool = True) -> FVGModel:
@@ -404,13 +432,21 @@ class FVGModel(nn.Module, Pretrained):
 
     def pretrained_config(self) -> dict[str, Any]:
         """config.json: the tuner's part and the heads'."""
-        source = self._source if self._source != "callable" else "given"
+        source = self._source
+        if source == "callable":
+            warnings.warn("a foreground callable cannot be saved; after loading, masks must be given.", stacklevel=3)
+            source = "given"
         return {
             **self.tuner.pretrained_config(),
             "kind": "fvg",
             "base_classes": list(self.base_classes),
             "fvg": self.config.to_dict(),
             "foreground": source,
+            "preprocessing": {
+                "image_size": list(self.tuner.encoder.image_size),
+                "image_mean": list(self.config.image_mean),
+                "image_std": list(self.config.image_std),
+            },
         }
 
     def pretrained_tensors(self) -> dict[str, dict[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,45 @@ class Found:
             parameter.requires_grad_(name in self.trainable)
         for name, module in model.named_modules():
             module.training = name in self.training
+
+
+@dataclass
+class _Shared:
+    """How a module was found by its first holder, and how many hold it."""
+
+    found: Found
+    holders: int
+
+
+_HELD: WeakKeyDictionary[nn.Module, _Shared] = WeakKeyDictionary()
+
+
+class Hold:
+    """A module that is frozen by one or several owners: the first notes how it was found, the last one restores that.
+
+    A copy (deepcopy, pickle) of an owner restores its own copy of the module to what was found.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        shared = _HELD.get(module)
+        if shared is None:
+            shared = _HELD[module] = _Shared(Found.of(module), 0)
+        shared.holders += 1
+        self.found = shared.found
+        self.released = False
+
+    def release(self, module: nn.Module) -> None:
+        """Gives the module back; a second call does nothing."""
+        if self.released:
+            return
+        self.released = True
+        shared = _HELD.get(module)
+        if shared is not None and shared.found is self.found:
+            shared.holders -= 1
+            if shared.holders:
+                return
+            del _HELD[module]
+        self.found.restore(module)
 
 
 def full_precision(tensor: Tensor) -> Tensor:

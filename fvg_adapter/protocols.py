@@ -155,7 +155,7 @@ def base_to_new_split(
         test = open_dataset(data, name, masks=masks, transform=plain)
         if list(test.classes) != classes:
             raise FVGError(f"the splits 'train' and {name!r} of {data} differ in classes; give both a classes.txt.")
-        tests[name] = (_only(test, base), _only(test, new))
+        tests[name] = (_only(test, base).drop_unreadable(), _only(test, new).drop_unreadable())
     drawn = pool.subset(few_shot_indices(pool.labels, shots, seed=seed)[0])
     return Split(_only(drawn, base).drop_unreadable(), tests)
 
@@ -199,7 +199,8 @@ def base_to_new(
         test_split: which pictures to score. also_test: further splits, into `Results.also`.
         controls: score the controls too.
         ablation: score the rows of `ABLATION` too.
-        foreground: where a picture without a mask file gets its mask in training: "given" (nowhere) or "attention".
+        foreground: where masks come from in training when the data set has none: "given" (nowhere) or "attention". In a
+            data set that has masks, a picture without one trains with r = 0.
         template: the prior's hand-written prompt. config: FVG-PT's hyperparameters.
         tune, heads: recipes of the two stages; the published ones of this tuner by default.
         precision: "no", "bf16" or "fp16" autocast in training.
@@ -247,13 +248,18 @@ def base_to_new(
         )
         keep = folder if number == 0 else None
         _one_seed(run, split, seed, results, keep)
-    results.seconds = time.monotonic() - start
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".results.json"
-        temporary.write_text(json.dumps(results.to_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
-        temporary.replace(folder / "results.json")
+        results.seconds = time.monotonic() - start
+        if folder is not None:
+            _write(results, folder)
     return results
+
+
+def _write(results: Results, folder: Path) -> None:
+    """results.json, whole; after every seed, so that a later failure loses none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".results.json"
+    temporary.write_text(json.dumps(results.to_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    temporary.replace(folder / "results.json")
 
 
 @dataclass
@@ -286,12 +292,10 @@ class _Run:
 
 
 def _measured(model: Tuner, split: Split) -> Tests:
-    return {name: (_measure(model, base), _measure(model, new)) for name, (base, new) in split.tests.items()}
-
-
-def _measure(model: Tuner, pictures: Any) -> FeatureBank:
-    """A test bank; unreadable pictures are left out with one warning that counts and names them."""
-    return FeatureBank.encode(model, pictures.drop_unreadable(), measure=True)
+    return {
+        name: (FeatureBank.encode(model, base, measure=True), FeatureBank.encode(model, new, measure=True))
+        for name, (base, new) in split.tests.items()
+    }
 
 
 def _score(

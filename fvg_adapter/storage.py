@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fvg_adapter.base_models import check_base_model, hub_errors, load_base_model, load_tokenizer
@@ -60,10 +60,13 @@ class Pretrained:
         """The object again, from a checked config and its tensors, around a base model."""
         raise NotImplementedError(f"{cls.__name__} cannot be loaded")
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **extra: Any) -> Path:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *, is_main_process: bool = True) -> Path:
         """Writes config.json and the safetensors files into a folder, all of them or none.
 
         The files are written beside the target first; what was there stays until every new file is complete.
+
+        Args:
+            save_directory: the folder. is_main_process: False writes nothing, for all processes but one of a launcher.
 
         Returns:
             The folder.
@@ -72,19 +75,21 @@ class Pretrained:
             FVGError: the folder cannot be written, or the disk is full; an earlier save in it is still whole.
         """
         target = Path(save_directory)
+        if not is_main_process:
+            return target
         if target.exists() and not target.is_dir():
             raise FVGError(f"{target} is a file; give a folder to save into.")
         try:
             with _replacing(target) as folder:
                 hashes = {}
                 for name, tensors in self.pretrained_tensors().items():
-                    save_file({k: _portable(v) for k, v in tensors.items()}, folder / name, metadata={"format": "pt"})
+                    data = save({k: _portable(v) for k, v in tensors.items()}, metadata={"format": "pt"})
+                    (folder / name).write_bytes(data)  # save_file would make it readable by its owner alone
                     hashes[name] = _sha256(folder / name)
                 config = {
                     "format": FORMAT,
                     "format_version": FORMAT_VERSION,
                     **self.pretrained_config(),
-                    **extra,
                     "sha256": hashes,
                     "versions": _versions(),
                 }
@@ -200,7 +205,8 @@ def load_any(
     if clip is None:
         clip = load_base_model(config["base_model"], **hub)
     check_base_model(clip, config["base_model"])
-    if tokenizer is None:
+    needs_tokenizer = "class_features" not in tensors.get(TUNER_FILE, {})
+    if tokenizer is None and needs_tokenizer:
         tokenizer = load_tokenizer(clip, config["base_model"], **hub)
     return cls.rebuild(config, tensors, clip, tokenizer, classes, folder)
 
@@ -249,7 +255,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} is no fvg_adapter config (its 'format' is not {FORMAT!r}); is this another library's folder?"
         )
     version = config.get("format_version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise FVGError(f"{path} has format_version {version!r}; expected a whole number from 1 to {FORMAT_VERSION}.")
     if version > FORMAT_VERSION:
         raise FVGError(
@@ -358,10 +364,20 @@ def _replacing(target: Path) -> Iterator[Path]:
             folder.rename(target)
             return
         files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.name == CONFIG_FILE)
-        for path in files:  # the config last: until then the hashes in the old one tell of an interrupted save
-            to = target / path.relative_to(folder)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(to)
+        aside: list[tuple[Path, Path | None]] = []
+        try:
+            for number, path in enumerate(files):  # the config last: until then its hashes tell of a killed save
+                to = target / path.relative_to(folder)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                kept = folder / f".old-{number}" if to.exists() else None
+                if kept is not None:
+                    os.link(to, kept) if hasattr(os, "link") else shutil.copy2(to, kept)
+                path.replace(to)
+                aside.append((to, kept))
+        except BaseException:
+            for to, kept in aside:
+                kept.replace(to) if kept is not None else to.unlink()
+            raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

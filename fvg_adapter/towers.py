@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fvg_adapter.modes import full_precision
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -48,6 +50,10 @@ LAYOUTS: dict[str, Layout] = {
     "clip_vision_model": Layout("clip"),
 }
 """Supported `config.model_type` values; the vision-only classes share their family's row."""
+
+
+SAMPLED = 16
+"""Values of each projection in a fingerprint."""
 
 
 def pooled(output: Any) -> Tensor:
@@ -222,9 +228,9 @@ class DualEncoder:
     def feature_dim(self) -> int:
         """Width D of the joint embedding."""
         if self.projection is not None:
-            weight = next(self.projection.parameters(), None)
-            if weight is not None:
-                return int(weight.shape[0])
+            with torch.no_grad():
+                probe = torch.zeros(1, self.vision_width, device=self.device, dtype=self.dtype)
+                return int(self.projection(probe).shape[-1])
         return int(self.model.config.projection_dim)  # type: ignore[union-attr,arg-type]
 
     @property
@@ -273,23 +279,25 @@ class DualEncoder:
         """exp(logit_scale), the factor s between cosines and logits; 100 where a vision-only model has none."""
         scale = getattr(self.model, "logit_scale", None)
         if isinstance(scale, Tensor):
-            return scale.exp()
+            return full_precision(scale).exp()
         return torch.tensor(100.0, device=self.device)
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells two base models apart: sizes, and a hash of the projections and the logit scale.
 
-        Two ViT-B/16 from different makers share every shape, but not these values. Half and single precision copies of
-        one checkpoint agree, because the values are rounded to bfloat16 before they are hashed.
+        Two ViT-B/16 from different makers share every shape, but not these values. The hash is of the values rounded to
+        bfloat16; a float16 copy may round otherwise, so that a sample of the values is told beside it.
         """
         digest = hashlib.sha256()
+        sample: list[float] = []
         for name in ("visual_projection", "text_projection", "logit_scale"):
             value = getattr(self.model, name, None)
             value = getattr(value, "weight", value)
             value = getattr(value, "base_layer", value)
             if isinstance(value, Tensor):
-                exact = value.detach().to("cpu", torch.float16).to(torch.float32)
-                digest.update(name.encode() + exact.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+                exact = value.detach().to("cpu", torch.bfloat16).flatten()
+                digest.update(name.encode() + exact.view(torch.int16).numpy().tobytes())
+                sample += exact[:: max(1, len(exact) // SAMPLED)][:SAMPLED].tolist()
         config = self.vision_config
         shapes = {
             "vision_width": self.vision_width,
@@ -300,7 +308,7 @@ class DualEncoder:
             "text_layers": len(self.text_layers) if self.has_text else 0,
             "feature_dim": self.feature_dim,
         }
-        return {"model_type": self.layout.name, **shapes, "hash": digest.hexdigest()[:16]}
+        return {"model_type": self.layout.name, **shapes, "hash": digest.hexdigest()[:16], "sample": sample}
 
 
 def _encoder(tower: nn.Module) -> nn.Module:

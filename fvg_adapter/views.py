@@ -55,8 +55,8 @@ class Views:
 class ViewEncoder:
     """Encodes batches for one model; holds no tensors."""
 
-    def __init__(self, tuner: Tuner, config: FVGConfig, probe: AttentionProbe) -> None:
-        self.tuner, self.config, self.probe = tuner, config, probe
+    def __init__(self, tuner: Tuner, config: FVGConfig, probe: AttentionProbe, *, learning: bool) -> None:
+        self.tuner, self.config, self.probe, self.learning = tuner, config, probe, learning
 
     def encode(
         self,
@@ -113,7 +113,7 @@ class ViewEncoder:
             return views
         if view is None or "usable" not in features or "mask_area" not in features:
             return self._without_mask(views, source)
-        usable = features["usable"].bool()
+        usable = features["usable"].bool() & usable_mask(features["mask_area"], self.config.usable_area)
         self.report(usable)
         view = base if source == "whole" else full_precision(view)
         return replace(views, foreground=view, area=features["mask_area"], usable=usable)
@@ -181,7 +181,9 @@ class ViewEncoder:
         return area, usable
 
     def report(self, usable: Tensor) -> None:
-        """Raises or warns where masks are unusable, as the config says."""
+        """Raises or warns in training where masks are unusable, as the config says."""
+        if not self.learning:
+            return
         if self.config.unusable_mask == "error" and not bool(usable.all()):
             raise FVGError(
                 f"{int((~usable).sum())} of {len(usable)} masks are missing, empty or cover a share outside "

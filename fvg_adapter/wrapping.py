@@ -54,6 +54,8 @@ def wrap(
         raise FVGError("this model is wrapped already; unwrap(model) first to wrap it in another way.")
     if isinstance(model, Tuner):
         _only_a_tuners(tokenizer, template, projection)
+        if isinstance(classes, Mapping):
+            raise FVGError("a tuner makes its own text features; give classes as a list of names, or leave it out.")
         names = None if classes is None else list(classes)
         if names is not None:
             with model.use_classes(names):  # validates; restores

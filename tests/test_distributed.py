@@ -67,6 +67,12 @@ def accumulated(recipe: Stage, folder: Path) -> Any:
     return heads(Pictures(), half, accumulate=2)
 
 
+def twice(recipe: Stage, folder: Path) -> Any:
+    model = heads(Pictures(), recipe)
+    fit(model, Pictures(), recipe=recipe, seed=2)
+    return model
+
+
 def prompts_then_heads(recipe: Stage, folder: Path) -> Any:
     clip, tokenizer = base()
     torch.manual_seed(3)
@@ -79,7 +85,7 @@ def prompts_then_heads(recipe: Stage, folder: Path) -> Any:
 
 
 CASES: dict[str, Callable[[Stage, Path], Any]] = {
-    f.__name__: f for f in (with_masks, one_usable_mask, no_usable_mask, accumulated, prompts_then_heads)
+    f.__name__: f for f in (with_masks, one_usable_mask, no_usable_mask, accumulated, twice, prompts_then_heads)
 }
 
 

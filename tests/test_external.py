@@ -130,7 +130,7 @@ class CustomCLIP(nn.Module):
         self.prompt_learner = PromptLearner(clip)
         self.logit_scale = clip.logit_scale
         self.tokenizer = tokenizer
-        self.table = clip.text_model.get_input_embeddings()
+        self.table = clip.text_model.embeddings.token_embedding
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         output = self.image_encoder(pixel_values=pixels)

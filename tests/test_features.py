@@ -177,3 +177,36 @@ def test_ablation_branches(model: FVGModel) -> None:
         evaluate(model, sets[0], sets[0])
     with pytest.raises(FVGError, match="no class names"):
         evaluate(model, sets[0], [1, 2, 3])
+
+
+class SomeMasks(Pictures):
+    """Only the first five pictures have a mask."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = super().__getitem__(index)
+        if index >= 5:
+            del item["foreground_mask"]
+        return item
+
+
+def test_figures_do_not_depend_on_batches_when_some_masks_are_missing(model: FVGModel) -> None:
+    sets = SomeMasks(CLASSES, 12, 1), SomeMasks(NEW_CLASSES, 10, 2)
+    one, other = (evaluate(model, *sets, batch_size=size) for size in (5, 12))
+    for metric, value in one.items():
+        assert value == pytest.approx(other[metric], abs=1e-4), metric
+    assert one["attention_in_mask"] > 0 and one["d_fg"] > 0
+
+
+def test_labels_out_of_range_are_refused(model: FVGModel) -> None:
+    sets = Pictures(CLASSES, 12, 1), Pictures(NEW_CLASSES, 10, 2)
+    sets[1].labels = [6 + label for label in sets[1].labels]
+    with pytest.raises(FVGError, match="out of range for 5 classes"):
+        evaluate(model, *sets)
+
+
+def test_features_come_without_masks_and_attention(model: FVGModel) -> None:
+    batch = default_collate([FeatureBank.encode(model, Pictures(CLASSES))[i] for i in range(3)])
+    with pytest.raises(FVGError, match="belong to pixels"):
+        model(**batch, foreground_mask=torch.ones(3, 32, 32))
+    with pytest.raises(FVGError, match="lack 'image'"):
+        model(features={"foreground": torch.zeros(3, 16)})

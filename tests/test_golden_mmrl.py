@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import naive_clip
@@ -249,21 +250,25 @@ def test_the_two_scores_enter_the_heads(
     assert all(torch.isfinite(p.grad).all() for p in model.trainable_parameters())
 
 
-def test_where_the_patches_lie(golden: Callable[[str], Golden], tokenizer: Any) -> None:
-    """The attention map of a layer behind the insertion is the eager weights' without CLS and the five tokens."""
+def test_where_the_patches_lie(golden: Callable[[str], Golden], golden_clip: CLIPModel, tokenizer: Any) -> None:
+    """The map of a layer behind the insertion is the CLS row of its attention without CLS and the five tokens."""
     case = golden("mmrl")
-    clip = CLIPModel.from_pretrained(GOLDEN / "model", attn_implementation="eager")
-    tuner = make(case, clip, tokenizer)
+    tuner = make(case, golden_clip, tokenizer)
     assert [tuner.first_patch(k) for k in (0, 4, 5, 11)] == [1, 1, 6, 6]
-    weights = {}
+    rows: dict[int, Tensor] = {}
+
+    def keep(module: Any, args: Any, kwargs: Any, k: int) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        q, keys = (p(hidden).unflatten(-1, (4, 16)).transpose(1, 2) for p in (module.q_proj, module.k_proj))
+        rows[k] = (q @ keys.transpose(2, 3) / 4).softmax(-1)[:, :, 0]  # (B, heads, N)
+
     for k in (4, 5, 11):
-        clip.vision_model.encoder.layers[k].self_attn.register_forward_hook(
-            lambda m, a, out, k=k: weights.update({k: out[1]})
-        )
+        attention = golden_clip.vision_model.encoder.layers[k].self_attn
+        attention.register_forward_pre_hook(partial(keep, k=k), with_kwargs=True)
     model = wrap(tuner, config=FVGConfig(attention_layers=(4, 5, 11)))
     seen = model.eval()(case["images"], return_attention=True).foreground_attention
-    rows = [weights[k][:, :, 0, first:].unflatten(-1, (4, 4)) for k, first in ((4, 1), (5, 6), (11, 6))]
-    close(seen, torch.stack(rows, 1).mean((1, 2)), 1e-5)
+    expected = [rows[k][..., first:].unflatten(-1, (4, 4)) for k, first in ((4, 1), (5, 6), (11, 6))]
+    close(seen, torch.stack(expected, 1).mean((1, 2)), 1e-5)
 
 
 # -- what does not fit -----------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def collect(folder: Path) -> tuple[Report, dict[str, Tensor]]:
         "unknown revision": message(lambda: given("me/x", revision="nowhere")),
         "private repo": message(lambda: given("me/secret", cache_dir=folder / "none")),
         "private base": message(lambda: prompts_without_a_token(folder)),
-        "not ours": message(lambda: given("me/clip")),
+        "not ours": message(lambda: given("me/secret-clip", token=TOKEN)),
         "nothing of ours": message(lambda: given("me/notes")),
         "truncated": message(lambda: given("me/truncated")),
         "local base": message(lambda: load("me/local")),

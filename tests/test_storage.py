@@ -202,3 +202,35 @@ def test_heads_are_half_a_megabyte(tokenizer: Any, tmp_path: Path) -> None:
     parts = [BottleneckAdapter(512), BottleneckAdapter(512), ReliabilityGate(), ReliabilityGate()]
     save_file({f"{i}.{k}": v for i, m in enumerate(parts) for k, v in m.state_dict().items()}, tmp_path / "x")
     assert 0.5e6 < (tmp_path / "x").stat().st_size < 0.6e6
+
+
+def test_a_bfloat16_copy_is_the_same_base_model(
+    model: FVGModel, small_clip: CLIPModel, tokenizer: Any, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "a")
+    load(tmp_path / "a", clip=small_clip.to(torch.bfloat16), tokenizer=tokenizer)
+
+
+def test_a_save_that_fails_half_way_is_taken_back(
+    model: FVGModel, small_clip: CLIPModel, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "a"
+    model.save_pretrained(target)
+    before = {p.name: p.read_bytes() for p in target.iterdir()}
+    with torch.no_grad():
+        model.tuner.ctx.add_(1.0)
+    replace, calls = Path.replace, []
+
+    def fails_once(self: Path, to: Path) -> Path:
+        calls.append(to)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(self, to)
+
+    monkeypatch.setattr(Path, "replace", fails_once)
+    with pytest.raises(FVGError, match="No space left"):
+        model.save_pretrained(target)
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == before
+    load(target, clip=small_clip, tokenizer=tokenizer)
+    assert model.save_pretrained(tmp_path / "b", is_main_process=False) == tmp_path / "b"
+    assert not (tmp_path / "b").exists()

@@ -281,12 +281,15 @@ def test_leaves_everything_else_as_found(heads: Make, monkeypatch: pytest.Monkey
     assert capfd.readouterr().out == ""  # a library does not print
 
 
-def test_a_model_can_be_trained_again(heads: Make) -> None:
-    model = heads()
-    fit(model, Pictures(), recipe=RECIPE)
-    before = own(model)
-    fit(model, Pictures(), recipe=RECIPE)
-    assert distance(own(model), before) > 1e-6
+def test_a_model_can_be_trained_again_in_another_precision(heads: Make) -> None:
+    full, low = heads(), heads()
+    for model in (full, low):
+        fit(model, Pictures(), recipe=RECIPE)
+    before = own(full)
+    fit(full, Pictures(), recipe=RECIPE)
+    fit(low, Pictures(), recipe=RECIPE, precision="bf16")
+    assert distance(own(full), before) > 1e-6
+    assert distance(own(full), own(low)) > 0
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

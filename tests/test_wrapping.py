@@ -166,3 +166,45 @@ def test_two_models_around_one_clip(small_clip: CLIPModel, tokenizer: Any, pixel
         assert (alone - second(pixels).logits).abs().max() > 1e-3
         assert torch.equal(first(pixels).logits, alone)
         assert torch.equal(ZeroShot(small_clip, tokenizer, CLASSES)(pixels).logits, plain)
+
+
+def test_unwrapping_in_any_order_restores_at_the_end(small_clip: CLIPModel, tokenizer: Any, pixels: Tensor) -> None:
+    small_clip.train()
+    before = snapshot(small_clip)
+    first, second = wrap(small_clip, tokenizer, CLASSES), wrap(small_clip, tokenizer, CLASSES)
+    unwrap(first)
+    assert not small_clip.training and len(second.trainable_parameters()) == 12
+    train_a_step(second, pixels)
+    unwrap(second)
+    assert_same(before, snapshot(small_clip))
+    unwrap(second)  # a second time changes nothing
+    assert_same(before, snapshot(small_clip))
+
+
+def test_a_used_up_wrapper_says_so(small_clip: CLIPModel, tokenizer: Any, pixels: Tensor) -> None:
+    tuner = CoOp(small_clip, tokenizer, CLASSES)
+    model = wrap(tuner, classes=CLASSES[:3])
+    unwrap(model)
+    assert tuner.classes == tuple(CLASSES)
+    with pytest.raises(FVGError, match="was unwrapped"):
+        model(pixels)
+    tuner.detach()
+    with pytest.raises(FVGError, match="was detached"):
+        tuner(pixels)
+
+
+def test_underscores_are_spaces_in_class_lists(small_clip: CLIPModel, tokenizer: Any, pixels: Tensor) -> None:
+    model = wrap(small_clip, tokenizer, ["golden_retriever", "airplane"]).eval()
+    expected = model(pixels).logits
+    with model.use_classes(["golden retriever", "airplane"]):
+        assert model.branch_for() == "base"
+        assert torch.equal(model(pixels).logits, expected)
+
+
+def test_a_projection_of_several_layers(pixels: Tensor) -> None:
+    vision = CLIPVisionModel(small_config().vision_config)
+    projection = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 20), nn.ReLU(), nn.Linear(20, 12))
+    model = wrap(vision, classes={name: torch.randn(12) for name in CLASSES}, projection=projection).eval()
+    assert model(pixels).logits.shape == (4, 6)
+    with pytest.raises(FVGError, match="cannot be saved"):
+        model.save_pretrained("/nowhere/at/all")

@@ -42,7 +42,7 @@ VARIANTS: dict[str, tuple[bool, dict[str, Any]]] = {
 def without_spoiled(bank: FeatureBank, pictures: Any, data: Path) -> FeatureBank:
     """The bank with the spoiled pictures' masks marked unusable; their features stay."""
     bad = set(json.loads((data / "spoiled.json").read_text()))
-    names = [sample.image.relative_to(data).as_posix() for sample in pictures.samples]
+    names = [sample.image.relative_to(data.resolve()).as_posix() for sample in pictures.samples]
     rows = torch.tensor([name in bad or name.removeprefix("train/") in bad for name in names])
     if not bool(rows.any()):
         raise SystemExit("no training picture is listed in spoiled.json; its names are not understood")

@@ -242,7 +242,7 @@ def _tuner(model: Model) -> Tuner:
 def _left_as_found(model: Model, precision: str) -> Iterator[None]:
     """Takes off what accelerate leaves: an autocast forward and a mark on the model, a variable in the environment.
 
-    With its mark, a second training by several processes would not synchronise gradients.
+    With its mark, accelerate would not prepare the model for a second training: no autocast then.
     """
     variable, marks = "ACCELERATE_MIXED_PRECISION", ("forward", "_original_forward", "_is_accelerate_prepared")
     attributes = {name: model.__dict__[name] for name in marks if name in model.__dict__}

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from fvg_adapter.base_models import base_model_record
 from fvg_adapter.errors import FVGError
-from fvg_adapter.modes import Found, full_precision, keep_full_precision
+from fvg_adapter.modes import Hold, full_precision, keep_full_precision
 from fvg_adapter.storage import TUNER_FILE, Pretrained, load_own, own_tensors_only
 from fvg_adapter.towers import DualEncoder
 from fvg_adapter.tuners.adapters import adapter_layers, adapter_state, adapts_images, without_adapter
@@ -95,7 +95,7 @@ class Tuner(nn.Module, Pretrained):
         self._handles: list[Any] = []
         self._adapter_layers = adapter_layers(model)
         self._check_prompts(names)
-        self._found = Found.of(model)
+        self._hold = Hold(model)
         model.requires_grad_(False).eval()
         own_tensors_only(self, "clip")
         if self._adapter_layers:  # the user's PEFT adapters: part of what is tuned, not of the plain CLIP
@@ -204,18 +204,23 @@ class Tuner(nn.Module, Pretrained):
         Raises:
             FVGError: neither or both inputs, labels out of range, features for a tuner that changes the images.
         """
+        self._check_attached()
         image = self._image_input(pixel_values, features)
         text = self.text_features()
         logits = self.scores(image, text)  # (B, C)
         if labels is None:
             return TunerOutput(logits=logits)
-        check_labels(labels, len(self._classes), len(logits))
+        labels = check_labels(labels, len(self._classes), len(logits))
         losses = self.loss_terms(image, text, logits, labels)
         return TunerOutput(loss=torch.stack(list(losses.values())).sum(), logits=logits, losses=losses)
 
     def loss_terms(self, image: Tensor, text: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The terms whose sum is the loss; here the mean cross entropy alone."""
         return {"ce": F.cross_entropy(logits, labels)}
+
+    def _check_attached(self) -> None:
+        if self._hold.released:
+            raise FVGError(f"this {type(self).__name__} was detached from its CLIP; make a new one to go on.")
 
     def _image_input(self, pixel_values: Tensor | None, features: Mapping[str, Tensor] | None) -> Tensor:
         if (pixel_values is None) == (features is None):
@@ -312,7 +317,8 @@ class Tuner(nn.Module, Pretrained):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._found.restore(self.clip)
+        self._hold.release(self.clip)
+        self._text_cache.clear()
         return self.clip
 
     def train(self, mode: bool = True) -> Tuner:
@@ -356,13 +362,19 @@ class Tuner(nn.Module, Pretrained):
         return {"template": self.template}
 
     def pretrained_config(self) -> dict[str, Any]:
-        """config.json: kind and arguments, class names, base model, preprocessing size."""
+        """config.json: kind and arguments, class names, base model, image size."""
+        if self.projection is not None:
+            raise FVGError(
+                "a model with a projection=module of yours cannot be saved: the file could not name that module; "
+                "give a CLIPVisionModelWithProjection instead."
+            )
         return {
             "kind": "tuner",
             "tuner": {"kind": self.kind, "arguments": self.arguments(), "adapted": bool(self._adapter_layers)},
             "base_classes": list(self.base_classes),
             "classes": list(self._classes),
             "base_model": base_model_record(self.clip, self.tokenizer),
+            "preprocessing": {"image_size": list(self.encoder.image_size)},
         }
 
     def pretrained_tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -430,9 +442,16 @@ def feature_encoder(model: nn.Module, projection: nn.Module | None = None) -> Du
     return encoder
 
 
-def check_labels(labels: Tensor, n_classes: int, batch: int) -> None:
-    """Raises FVGError unless labels is (B,) of integers in [0, C). Values are read on CPU only."""
-    if labels.is_floating_point() or labels.dim() != 1 or len(labels) != batch:
+def check_labels(labels: Tensor, n_classes: int, batch: int) -> Tensor:
+    """The labels as int64, once they are (B,) integers in [0, C). Values are read on CPU only.
+
+    Raises:
+        FVGError: another type, shape or range; the message says what was given.
+    """
+    if not isinstance(labels, Tensor):
+        raise FVGError(f"labels must be a tensor of {batch} integers, but are a {type(labels).__name__}.")
+    whole = not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
+    if not whole or labels.dim() != 1 or len(labels) != batch:
         raise FVGError(
             f"labels must be {batch} integers of shape ({batch},), one an image, "
             f"but are {str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}."
@@ -442,3 +461,4 @@ def check_labels(labels: Tensor, n_classes: int, batch: int) -> None:
         if low < 0 or high >= n_classes:
             bad = low if low < 0 else high
             raise FVGError(f"label {bad} is out of range for {n_classes} classes; labels index the current class list.")
+    return labels.long()

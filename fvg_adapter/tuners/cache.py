@@ -19,27 +19,25 @@ class TextCache:
     """Text features (C, D) by everything that they depend on."""
 
     def __init__(self) -> None:
-        self._entries: dict[Hashable, Tensor] = {}
+        self._entries: dict[Hashable, tuple[Tensor, list[Tensor]]] = {}
 
     def get(self, context: Hashable, parameters: Sequence[Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """The cached features, or computed ones; the result is outside any graph when it comes from the cache."""
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
         if learns or torch.compiler.is_compiling():
             return compute()
-        if any(
-            p.requires_grad for p in parameters
-        ):  # evaluated between steps of a training: an optimiser may use p.data
+        if any(p.requires_grad for p in parameters):  # between steps of a training: an optimiser may use p.data
             with torch.no_grad():
                 return compute()
         key = (context, _state(parameters))
-        found = self._entries.get(key)
-        if found is None:
+        entry = self._entries.get(key)
+        if entry is None:
             with torch.inference_mode(False), torch.no_grad():
                 found = compute()
             while len(self._entries) >= ENTRIES:
                 self._entries.pop(next(iter(self._entries)), None)
-            self._entries[key] = found
-        return found
+            entry = self._entries[key] = (found, list(parameters))  # kept alive, so that no identity is used again
+        return entry[0]
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -54,7 +52,7 @@ def _state(parameters: Sequence[Tensor]) -> Hashable:
         return ()
     kind = parameters[-1].device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return autocast, tuple((id(p), _version(p), p.dtype, p.device) for p in parameters)
+    return autocast, tuple((id(p), _version(p), p.data_ptr(), p.dtype, p.device) for p in parameters)
 
 
 def _version(parameter: Tensor) -> int:

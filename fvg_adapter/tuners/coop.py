@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.tuners.base import Tuner
-from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Position, Prompts, with_context
+from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Position, Prompts, plain, with_context
 
 _POSITIONS: tuple[Position, ...] = ("end", "front", "middle")
 _THREAD = threading.local()
@@ -82,7 +82,8 @@ class CoOp(Tuner):
     def _check_prompts(self, classes: tuple[str, ...]) -> None:
         super()._check_prompts(classes)
         self.prompts(classes)
-        unknown = [c for c in classes if self._csc and c not in self.base_classes]
+        tuned = {plain(c) for c in self.base_classes}
+        unknown = [c for c in classes if self._csc and plain(c) not in tuned]
         if unknown:
             raise FVGError(
                 f"class-specific contexts were tuned for {len(self.base_classes)} classes and cannot score others, "
@@ -106,7 +107,8 @@ class CoOp(Tuner):
     def _prompt_features(self, classes: Sequence[str]) -> Tensor:
         prompts = self.prompts(classes)
         if self._csc:
-            context = self.ctx[[self.base_classes.index(c) for c in classes]]
+            tuned = [plain(c) for c in self.base_classes]
+            context = self.ctx[[tuned.index(plain(c)) for c in classes]]
         else:
             context = self.ctx.expand(len(classes), -1, -1)  # (C, n_ctx, d)
         assert prompts.context is not None

@@ -105,7 +105,7 @@ class LoRA(Tuner):
                 raise FVGError(f"{type(config).__name__} adapts no layer of {type(self.encoder.model).__name__}.")
         except (ValueError, TypeError) as error:
             take_out(self.encoder.model, adapter_layers(self.encoder.model))
-            self._found.restore(self.clip)
+            self._hold.release(self.clip)
             raise error if isinstance(error, FVGError) else FVGError(f"PEFT refused the config: {error}") from error
 
     def _suspend(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -6,7 +6,7 @@ length of a name is counted in tokens of the name alone. Imports torch only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,6 +56,8 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(classes, str):
         raise FVGError(f"classes is one string, {classes!r}; give a list of class names, such as [{classes!r}, …].")
+    if not isinstance(classes, Iterable):
+        raise FVGError(f"classes must be a list of class names, but is a {type(classes).__name__}.")
     names = tuple(classes)
     if not names:
         raise FVGError("classes is empty; give at least one class name.")

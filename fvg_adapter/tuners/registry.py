@@ -35,7 +35,7 @@ def tuner_class(config: dict[str, Any]) -> type[Tuner]:
         FVGError: its kind is not registered here; the message lists the known ones.
     """
     kind = config["tuner"].get("kind")
-    if kind not in TUNERS:
+    if not isinstance(kind, str) or kind not in TUNERS:
         raise FVGError(
             f"the saved tuner is a {kind!r}, which is not registered here. {nearest(kind, TUNERS)} Import the module "
             "that "

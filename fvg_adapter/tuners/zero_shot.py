@@ -101,5 +101,5 @@ def _check_given(classes: Mapping[str, Tensor], encoder: DualEncoder) -> dict[st
                 f"the text feature of {name!r} has shape {tuple(value.shape)}, but this model's image features are "
                 f"({encoder.feature_dim},); give one vector of that width for each class."
             )
-        given[name] = full_precision(value).clone()
+        given[name] = full_precision(value).clone().to(encoder.device)
     return given
