@@ -16,6 +16,8 @@ from torch import nn
 from fvg_adapter.errors import FVGError
 from fvg_adapter.towers import DualEncoder
 
+_HASHES = ("hash", "hash_by_half")
+
 
 def base_model_record(clip: nn.Module, tokenizer: Any) -> dict[str, Any]:
     """How a config names its base model: Hub id and revision, or "local"; and a fingerprint."""
@@ -61,24 +63,14 @@ def check_base_model(clip: nn.Module, record: Mapping[str, Any]) -> None:
     expected, found = record.get("fingerprint"), DualEncoder(clip).fingerprint()
     if not isinstance(expected, Mapping):
         raise FVGError("the config's base_model has no fingerprint; the file was edited or is incomplete.")
-    same_values = _close(expected.get("sample"), found["sample"])
+    same = bool({expected.get(key) for key in _HASHES} & {found[key] for key in _HASHES})
     for key, value in found.items():
-        if key != "sample" and expected.get(key) != value and not (key == "hash" and same_values):
+        if expected.get(key) != value and not (key in _HASHES and same):
             raise FVGError(
                 f"this adapter was made for base model {record.get('id')!r} with {key} {expected.get(key)!r}, but the "
                 "model "
                 f"given has {key} {value!r}; load the base model that it was tuned on."
             )
-
-
-def _close(expected: Any, found: list[float]) -> bool:
-    """Whether two samples of values are one checkpoint's, up to the rounding of half precision."""
-    if not isinstance(expected, list) or len(expected) != len(found) or not found:
-        return False
-    if not all(isinstance(v, (int, float)) for v in expected):
-        return False
-    scale = max(map(abs, found))
-    return all(abs(a - b) <= 0.02 * abs(b) + 1e-3 * scale for a, b in zip(expected, found, strict=True))
 
 
 def load_base_model(record: Mapping[str, Any], **hub: Any) -> nn.Module:

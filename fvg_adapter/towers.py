@@ -52,10 +52,6 @@ LAYOUTS: dict[str, Layout] = {
 """Supported `config.model_type` values; the vision-only classes share their family's row."""
 
 
-SAMPLED = 16
-"""Values of each projection in a fingerprint."""
-
-
 def pooled(output: Any) -> Tensor:
     """The pooled tensor of a tower or feature call, whichever transformers version made it."""
     if isinstance(output, Tensor):
@@ -285,19 +281,19 @@ class DualEncoder:
     def fingerprint(self) -> dict[str, Any]:
         """What tells two base models apart: sizes, and a hash of the projections and the logit scale.
 
-        Two ViT-B/16 from different makers share every shape, but not these values. The hash is of the values rounded to
-        bfloat16; a float16 copy may round otherwise, so that a sample of the values is told beside it.
+        Two ViT-B/16 from different makers share every shape, but not these values. The values are hashed once as they
+        are rounded to bfloat16 and once by way of float16; a single precision checkpoint shares the one hash with its
+        bfloat16 copy and the other with its float16 copy.
         """
-        digest = hashlib.sha256()
-        sample: list[float] = []
+        direct, by_half = hashlib.sha256(), hashlib.sha256()
         for name in ("visual_projection", "text_projection", "logit_scale"):
             value = getattr(self.model, name, None)
             value = getattr(value, "weight", value)
             value = getattr(value, "base_layer", value)
             if isinstance(value, Tensor):
-                exact = value.detach().to("cpu", torch.bfloat16).flatten()
-                digest.update(name.encode() + exact.view(torch.int16).numpy().tobytes())
-                sample += exact[:: max(1, len(exact) // SAMPLED)][:SAMPLED].tolist()
+                exact = value.detach().cpu()
+                direct.update(name.encode() + _bfloat16_bytes(exact))
+                by_half.update(name.encode() + _bfloat16_bytes(exact.to(torch.float16)))
         config = self.vision_config
         shapes = {
             "vision_width": self.vision_width,
@@ -308,12 +304,22 @@ class DualEncoder:
             "text_layers": len(self.text_layers) if self.has_text else 0,
             "feature_dim": self.feature_dim,
         }
-        return {"model_type": self.layout.name, **shapes, "hash": digest.hexdigest()[:16], "sample": sample}
+        return {
+            "model_type": self.layout.name,
+            **shapes,
+            "hash": direct.hexdigest()[:16],
+            "hash_by_half": by_half.hexdigest()[:16],
+        }
 
 
 def _encoder(tower: nn.Module) -> nn.Module:
     encoder: nn.Module = getattr(tower, "encoder", tower)
     return encoder
+
+
+def _bfloat16_bytes(values: Tensor) -> bytes:
+    data: bytes = values.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+    return data
 
 
 def _layers(tower: nn.Module) -> Sequence[nn.Module]:

@@ -22,6 +22,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from fvg_adapter.base_models import check_base_model
 from fvg_adapter.towers import (
     LAYOUTS,
     DualEncoder,
@@ -192,13 +193,16 @@ def test_reading_changes_nothing(clip: CLIPModel) -> None:
 def test_fingerprint_tells_makers_apart_but_not_precisions(clip: CLIPModel) -> None:
     mine = DualEncoder(clip).fingerprint()
     assert mine["model_type"] == "clip" and mine["feature_dim"] == 16 and len(mine["hash"]) == 16
-    assert DualEncoder(copy.deepcopy(clip).half()).fingerprint() == mine
+    for dtype in (torch.float16, torch.bfloat16):
+        copied = copy.deepcopy(clip).to(dtype)
+        check_base_model(copied, {"fingerprint": mine})
+        check_base_model(clip, {"fingerprint": DualEncoder(copied).fingerprint()})
     assert DualEncoder(lora(copy.deepcopy(clip))).fingerprint() == mine
     other = copy.deepcopy(clip)
     with torch.no_grad():
         other.visual_projection.weight[3, 5] += 0.05
     theirs = DualEncoder(other).fingerprint()
-    assert {k for k in mine if mine[k] != theirs[k]} == {"hash"}
+    assert {k for k in mine if mine[k] != theirs[k]} == {"hash", "hash_by_half"}
     alone = DualEncoder(vision(CLIPVisionModelWithProjection)).fingerprint()
     assert alone["text_layers"] == 0 and alone["vision_layers"] == 3
 

@@ -453,6 +453,12 @@ def test_a_loss_that_is_not_finite_is_an_error_before_it_spreads(heads: Make) ->
         fit(model, data, recipe=RECIPE)
     assert all(torch.isfinite(p).all() for p in model.trainable_parameters())
     assert not model.training
+    late = Pictures()
+    *_, (last, _) = Batches(12, 2, accumulate=6, world=1, rank=0, seed=1)
+    late.pixels[last[1]] = float("nan")
+    with pytest.raises(FVGError, match="the loss is nan at step 1"):
+        fit(model, late, recipe=changed(batch_size=2), accumulate=6)  # five of the six batches have gone through
+    assert all(p.grad is None for p in model.trainable_parameters())
 
 
 @pytest.mark.parametrize(
