@@ -164,8 +164,8 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         rate = self.optimizer.param_groups[0]["lr"]
         return (
             f"the loss is {float(output.loss.detach())} at step {self.state.global_step + 1} "
-            f"({terms or 'no terms'}; learning rate {rate:.3g}). Lower the learning rate, check that the images are finite and normalised, or train "
-            "without fp16. The parameters are those of the step before."
+            f"({terms or 'no terms'}; learning rate {rate:.3g}). Lower the learning rate, check that the images are "
+            "finite and normalised, or train without fp16. The parameters are those of the step before."
         )
 
 
