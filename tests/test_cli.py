@@ -168,6 +168,18 @@ def test_train_prints_a_table_and_reads_a_config(base: Path, data: Path, tmp_pat
     assert "±" not in result.stdout  # one seed has no spread
 
 
+def test_pixels_are_normalised_as_the_model_says(base: Path, data: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(base, half)
+    (half / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    options = ("--tuner", "zero_shot", "--no-controls", "--seeds", "1", "--json", "--output", tmp_path / "run")
+    result = run("train", data, "--model", half, *options, "--shots", "1", "--epochs", "1", *HERE)
+    config = json.loads(result.stdout)["settings"]["config"]
+    assert (config["image_mean"], config["image_std"]) == ([0.5] * 3, [0.25] * 3)
+    saved = fvg_adapter.load(tmp_path / "run" / "adapter")
+    assert saved.config.image_mean == (0.5, 0.5, 0.5)
+
+
 def test_tables_of_several_seeds_have_a_spread_and_name_the_foreground_effect(trained: Any) -> None:
     from rich.console import Console
 
@@ -354,6 +366,17 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_wrong_options_are_told(options: tuple[str, ...], told: str, base: Path, data: Path) -> None:
     assert_mistake(run("train", data, "--model", base, *QUICK, *options), told)
+
+
+@pytest.mark.parametrize("options", [("--foreground", "mask"), ("--precision", "bf61"), ("--tuner", "co-op")])
+def test_wrong_options_are_told_before_anything_is_trained(
+    options: tuple[str, str], base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*unused: Any, **unused_too: Any) -> None:
+        raise AssertionError("training began")
+
+    monkeypatch.setattr("fvg_adapter.protocols.base_to_new", never)
+    assert_mistake(run("train", data, "--model", base, *options, *HERE), options[1])
 
 
 def test_wrong_files_are_told(base: Path, data: Path, bert: Path, trained: Any, tmp_path: Path) -> None:

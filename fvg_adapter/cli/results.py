@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -17,8 +18,8 @@ COLUMNS = {"base": "base", "new": "new", "hm": "HM", "joint_hm": "joint HM"}
 
 def table_of(results: Results) -> Table:
     """A row a model: mean and, over several seeds, standard deviation of each metric."""
-    table = Table()
-    table.add_column("model")
+    table = Table(box=SIMPLE)  # 80 columns hold the longest row
+    table.add_column("model", no_wrap=True)
     for name in COLUMNS.values():
         table.add_column(name, justify="right", no_wrap=True)
     for row, figures in results.rows.items():
