@@ -1,4 +1,4 @@
-"""The `fvg-adapter` command: train, eval, predict, info. Imports torch only inside a command, so `--help` is quick."""
+"""The `fvg-adapter` command. Imports torch only inside a command, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fvg_adapter import __version__
+from fvg_adapter.cli.converting import convert_checkpoint
 from fvg_adapter.cli.evaluating import evaluate_adapter
 from fvg_adapter.cli.informing import describe_adapter
 from fvg_adapter.cli.predicting import predict_images
@@ -26,6 +27,7 @@ app.command("train")(train_and_compare)
 app.command("eval")(evaluate_adapter)
 app.command("predict")(predict_images)
 app.command("info")(describe_adapter)
+app.command("convert")(convert_checkpoint)
 
 
 def _version(wanted: bool) -> None:
@@ -50,6 +52,8 @@ def _about(
     fvg-adapter info out/adapter
     fvg-adapter eval out/adapter pets --split test
     fvg-adapter predict out/adapter photo.jpg --classes "tabby cat,beagle"
+    fvg-adapter convert old/prompt_learner --classes @pets.txt --output new \\
+        --model openai/clip-vit-base-patch16
 
     Results go to stdout (with --json: one JSON document and nothing else),
     progress and messages to stderr. Exit codes: 0 done, 1 an unexpected

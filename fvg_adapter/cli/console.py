@@ -199,6 +199,42 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
+def class_names(given: str) -> list[str]:
+    """Class names from an option: separated by commas, or @FILE with one a line.
+
+    Raises:
+        FVGError: an unreadable file, or no names at all.
+    """
+    if given.startswith("@"):
+        try:
+            parts = Path(given[1:]).read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise FVGError(f"the class names in {given[1:]!r} cannot be read: {error}") from error
+    else:
+        parts = given.split(",")
+    names = [part.strip() for part in parts if part.strip()]
+    if not names:
+        raise FVGError(f"--classes {given!r} holds no names; give them like cat,dog or as @FILE, one a line.")
+    return names
+
+
+def json_object(text: str | None) -> dict[str, Any]:
+    """The arguments in --tuner-options; none where it was not given.
+
+    Raises:
+        FVGError: no JSON object.
+    """
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise FVGError(f"--tuner-options {text!r} is no JSON: {first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise FVGError(f"--tuner-options must be a JSON object such as '{{\"n_ctx\": 8}}', but is {text!r}.")
+    return value
+
+
 def first_line(error: Exception) -> str:
     """The first line of what an exception says, ended with a full stop."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -16,6 +16,7 @@ from fvg_adapter.cli.console import (
     Debug,
     Device,
     Threads,
+    class_names,
     load_adapter,
     mistakes_told,
     prepare,
@@ -24,7 +25,6 @@ from fvg_adapter.cli.console import (
     show,
     show_json,
 )
-from fvg_adapter.errors import FVGError
 
 AT_ONCE = 32
 
@@ -60,7 +60,7 @@ def predict_images(
         --model openai/clip-vit-base-patch16
     fvg-adapter predict me/pets-fvg a.jpg --classes @names.txt --json
     """
-    names = _names(classes)
+    names = None if classes is None else class_names(classes)
     place = prepare(device, threads)
     loaded = load_adapter(adapter, model, place)
     if names is not None:
@@ -78,27 +78,6 @@ def predict_images(
     if failed:
         say(f"error: {len(failed)} of {len(rows)} pictures could not be read.")
         raise typer.Exit(MISTAKEN)
-
-
-def _names(classes: str | None) -> list[str] | None:
-    """Class names from the option.
-
-    Raises:
-        FVGError: an unreadable file, or no names at all.
-    """
-    if classes is None:
-        return None
-    if classes.startswith("@"):
-        try:
-            parts = Path(classes[1:]).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise FVGError(f"the class names in {classes[1:]!r} cannot be read: {error}") from error
-    else:
-        parts = classes.split(",")
-    names = [part.strip() for part in parts if part.strip()]
-    if not names:
-        raise FVGError(f"--classes {classes!r} holds no names; give them like cat,dog or as @FILE, one a line.")
-    return names
 
 
 def _predicted(model: Any, paths: list[Path], top_k: int) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,7 @@ from fvg_adapter.cli.console import (
     Debug,
     Device,
     Threads,
-    first_line,
+    json_object,
     load_base,
     mistakes_told,
     prepare,
@@ -133,7 +132,7 @@ def train_and_compare(
         --foreground attention --json > results.json
     """
     numbers = _seeds(seeds)
-    arguments = _json_object(tuner_options)
+    arguments = json_object(tuner_options)
     weights = {"lambda_distill": lambda_distill, "lambda_gate": lambda_gate, "lambda_new": lambda_new}
     if output is not None and output.exists() and not output.is_dir():
         raise FVGError(f"--output {output} is a file; give a folder.")
@@ -196,18 +195,6 @@ def _seeds(text: str) -> list[int]:
     if min(numbers) < 0 or len(set(numbers)) < len(numbers):
         raise FVGError(f"--seeds {text!r}: every seed must be 0 or more, and differ from the others.")
     return numbers
-
-
-def _json_object(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise FVGError(f"--tuner-options {text!r} is no JSON: {first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise FVGError(f"--tuner-options must be a JSON object such as '{{\"n_ctx\": 8}}', but is {text!r}.")
-    return value
 
 
 def _override(stage: Stage | None, what: str, prefix: str, **given: float | None) -> Stage | None:
