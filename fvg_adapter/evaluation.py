@@ -62,7 +62,8 @@ def evaluate(
             (torchmetrics).
 
     Raises:
-        FVGError: a set without class names, base and new sets that share classes, or an unknown branch.
+        FVGError: a set without class names, base and new sets that share classes, an unknown branch, or a bank that was
+            not encoded with measure=True where a tuner changes the images.
     """
     for branch in branches:
         if branch not in _BRANCHES:
@@ -172,6 +173,14 @@ def _tuner_features(tuner: Tuner, features: dict[str, Tensor]) -> Tensor:
 def _bank(model: FVGModel | Tuner, data: Any, batch_size: int) -> FeatureBank:
     if isinstance(data, FeatureBank):
         data.check(model)
+        if (
+            _tuner_of(model).changes_images
+            and "foreground" in data.features
+            and "foreground_prior" not in data.features
+        ):
+            raise FVGError(
+                "this bank was encoded for training; encode the test pictures with FeatureBank.encode(…, measure=True)."
+            )
         return data
     return FeatureBank.encode(model, data, batch_size=batch_size, measure=True)
 

@@ -59,6 +59,11 @@ class FVGModel(nn.Module, Pretrained):
             )
         config.validate()
         source = resolve_source(foreground)
+        if source == "attention" and not tuner.encoder.has_vision:
+            raise FVGError(
+                f"foreground='attention' needs a vision tower, but this {type(tuner).__name__} tuner has no CLIP; give "
+                "it clip=…, or wrap with foreground='given', 'whole' or a callable that makes masks."
+            )
         super().__init__()
         self.tuner = tuner
         self.config = config

@@ -25,15 +25,15 @@ from torch import nn
 from fvg_adapter.config import FVGConfig
 from fvg_adapter.data import PairedTransform, base_new_split, few_shot_indices, open_dataset, select_classes
 from fvg_adapter.data.controls import OtherMasks
-from fvg_adapter.errors import FVGError, nearest
+from fvg_adapter.errors import FVGError
 from fvg_adapter.evaluation import evaluate
 from fvg_adapter.features import FeatureBank
 from fvg_adapter.model import FVGModel
 from fvg_adapter.towers import DualEncoder
 from fvg_adapter.train import fit
-from fvg_adapter.tuners import TUNERS, Tuner, ZeroShot
+from fvg_adapter.tuners import Tuner, ZeroShot, tuner_named
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE
-from fvg_adapter.tuners.recipes import RECIPES, Stage
+from fvg_adapter.tuners.recipes import Stage, recipe_for
 from fvg_adapter.wrapping import wrap
 
 Say = Callable[[str], None]
@@ -193,7 +193,8 @@ def base_to_new(
     Args:
         clip, tokenizer: the base model; given back as it was found.
         data: a folder (train/, a test split, mask/) or a Hub data set with image, label and mask.
-        tuner: kind of the tuner. tuner_options: keyword arguments beside the recipe's.
+        tuner: kind of the tuner, or "package.module:Class" for one of your own.
+        tuner_options: keyword arguments beside the recipe's.
         shots: pictures a class. seeds: one run each.
         views: augmented views in a FeatureBank; 0 trains in the loop, with a new augmentation every time.
         test_split: which pictures to score. also_test: further splits, into `Results.also`.
@@ -208,21 +209,21 @@ def base_to_new(
         progress: called with a line of text now and then.
 
     Raises:
-        FVGError: an unknown tuner, data that cannot be split; nothing is written then.
+        FVGError: an unknown tuner, one without a recipe, data that cannot be split; nothing is written then.
     """
-    if tuner not in TUNERS or tuner not in RECIPES:
-        raise FVGError(f"tuner {tuner!r} is unknown. {nearest(tuner, RECIPES)}")
+    kind = tuner_named(tuner)
+    recipe = recipe_for(kind.kind)
     if not seeds:
         raise FVGError("seeds is empty; give at least one, such as seeds=(1, 2, 3).")
     config = config or FVGConfig()
     run = _Run(
         clip=clip,
         tokenizer=tokenizer,
-        tuner=TUNERS[tuner],
-        options={**RECIPES[tuner].arguments, "template": template, **(tuner_options or {})},
+        tuner=kind,
+        options={**recipe.arguments, "template": template, **(tuner_options or {})},
         config=config,
-        tune=tune or RECIPES[tuner].tune,
-        heads=heads or RECIPES[tuner].fvg,
+        tune=tune or recipe.tune,
+        heads=heads or recipe.fvg,
         views=views,
         foreground=foreground,
         controls=controls,
@@ -232,7 +233,7 @@ def base_to_new(
     )
     start = time.monotonic()
     encoder = DualEncoder(clip)
-    results = Results(settings=_settings(run, data, shots, seeds, test_split, tuner))
+    results = Results(settings=_settings(run, data, shots, seeds, test_split, kind.kind))
     folder = None if output is None else Path(output)
     for number, seed in enumerate(seeds):
         run.say(f"seed {seed}: reading pictures")

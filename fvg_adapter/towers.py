@@ -146,6 +146,11 @@ class DualEncoder:
         return tower
 
     @property
+    def has_vision(self) -> bool:
+        """Whether there is a vision tower whose attention can be read."""
+        return True
+
+    @property
     def has_text(self) -> bool:
         """Whether there is a text tower."""
         return _tower(self.model, "text") is not None

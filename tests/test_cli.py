@@ -23,6 +23,7 @@ import fvg_adapter
 from conftest import GOLDEN, small_config
 from fvg_adapter.cli import app
 from fvg_adapter.cli.console import printable
+from fvg_adapter.errors import FVGError
 
 CLASSES = ["apple", "hot-air balloon", "cat", "dog"]
 HERE = ("--device", "cpu", "--threads", "1")
@@ -127,13 +128,27 @@ def test_help_does_not_import_torch_and_the_script_works_outside_of_tests() -> N
     assert "nowhere/at/all" in missing.stderr
 
 
-def test_the_default_template_is_the_librarys() -> None:
-    import inspect
+@pytest.mark.parametrize(
+    ("options", "prompt"),
+    [((), "a photo of a {}."), (("--dataset", "dtd"), "{} texture."), (("--template", "my {}."), "my {}.")],
+)
+def test_a_data_set_brings_its_prompt(
+    options: tuple[str, ...], prompt: str, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
 
-    from fvg_adapter.cli.training import train_and_compare
-    from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE
+    def noted(*unused: Any, **given: Any) -> None:
+        seen.update(given)
+        raise FVGError("enough")
 
-    assert inspect.signature(train_and_compare).parameters["template"].default == DEFAULT_TEMPLATE
+    monkeypatch.setattr("fvg_adapter.protocols.base_to_new", noted)
+    assert_mistake(run("train", data, "--model", base, *options, *HERE), "enough")
+    assert seen["tuner_options"]["template"] == prompt
+    assert_mistake(run("train", data, "--model", base, "--tuner", "kgcoop", *options, *HERE), "enough")
+    teacher = "a photo of a {}, a type of texture." if prompt == "{} texture." else prompt
+    assert seen["tuner_options"]["teacher_template"] == teacher
+    assert_mistake(run("train", data, "--model", base, "--dataset", "EuroSAT", *HERE), "enough")
+    assert (seen["tune"].epochs, seen["heads"].epochs) == (20, 20)
 
 
 # -- train -------------------------------------------------------------------------------------------------------------

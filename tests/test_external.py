@@ -288,8 +288,10 @@ def test_features_that_do_not_fit() -> None:
 def test_attention_without_a_tower_is_refused_and_given_masks_work() -> None:
     tuner = without_clip(give(2, 4), give(2, 4))
     pixels, labels = torch.zeros(2, 3, 8, 8), torch.tensor([0, 1])
-    with pytest.raises(FVGError):
-        wrap(tuner, foreground="attention").train()(pixels, labels)
+    tuner.train()
+    with pytest.raises(FVGError, match="needs a vision tower, but this External tuner has no CLIP"):
+        wrap(tuner, foreground="attention")
+    assert tuner.training and tuner.hook_count == 0  # as it was
     model = FVGModel(without_clip(lambda p: torch.ones(len(p), 4), give(2, 4)), foreground="given").train()
     mask = torch.zeros(2, 8, 8)
     mask[:, :4] = 1

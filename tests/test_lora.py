@@ -214,3 +214,16 @@ def test_files_that_do_not_fit(small_clip: CLIPModel, tokenizer: Any, tmp_path: 
     weights.unlink()
     with pytest.raises(FVGError, match="has no lora/adapter_model"):
         load(folder, clip=plain, tokenizer=tokenizer)
+
+
+def test_files_without_the_adapters_say_so(
+    small_clip: CLIPModel, tokenizer: Any, tmp_path: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    peft = shaken(get_peft_model(small_clip, LoraConfig(r=2, target_modules=r".*q_proj")))
+    tuner = ZeroShot(peft, tokenizer, NAMES)
+    with pytest.warns(UserWarning, match="are not in the files of a ZeroShot"):
+        tuner.save_pretrained(tmp_path / "without")
+    tuner.detach()
+    recwarn.clear()
+    LoRA(peft, tokenizer, NAMES).save_pretrained(tmp_path / "with")
+    assert not [w for w in recwarn if "PEFT adapters" in str(w.message)]

@@ -11,7 +11,7 @@ from torch import nn
 from conftest import Golden
 from fvg_adapter.errors import FVGError
 from fvg_adapter.tuners import TUNERS
-from fvg_adapter.tuners.recipes import RECIPES, dassl_learning_rate, recipe_for
+from fvg_adapter.tuners.recipes import RECIPES, dassl_learning_rate, recipe_for, recipe_on
 from fvg_adapter.tuners.templates import CLIP_TEMPLATES, KGCOOP_TEMPLATES, PROMPTSRC_TEMPLATES, template_for
 
 
@@ -94,3 +94,14 @@ def test_templates_have_one_place_for_the_name() -> None:
     for template in (*PROMPTSRC_TEMPLATES, *CLIP_TEMPLATES.values(), *KGCOOP_TEMPLATES.values()):
         assert template.count("{}") == 1
         assert template.endswith(".")
+
+
+def test_recipes_on_the_data_sets_of_the_paper() -> None:
+    assert recipe_on("coop", "oxford_pets").arguments["template"] == "a photo of a {}, a type of pet."
+    assert recipe_on("kgcoop", "dtd").arguments["teacher_template"] == "a photo of a {}, a type of texture."
+    assert recipe_on("mmrl", "dtd").arguments["template"] == "{} texture."
+    assert recipe_on("coop", "birds in my garden").arguments["template"] == "a photo of a {}."
+    eurosat = recipe_on("promptsrc", "eurosat")
+    assert eurosat.tune is not None
+    assert (eurosat.tune.epochs, eurosat.fvg.epochs) == (20, 20)
+    assert recipe_on("promptsrc", "dtd").fvg.epochs == 10 and RECIPES["promptsrc"].fvg.epochs == 10

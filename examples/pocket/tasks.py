@@ -107,12 +107,13 @@ def spoil(rng: np.random.Generator, masks: NDArray[np.bool_]) -> NDArray[np.bool
     return spoiled
 
 
-def compose_split(task: str, split: str) -> Split:
+def compose_split(task: str, split: str, *, true_masks: bool = False) -> Split:
     """Compose one split: the same bytes on every machine.
 
     Args:
         task: one of `concepts.TASKS`.
         split: `train`, `test`, `test_swapped` or `test_home`.
+        true_masks: leave the training masks whole too; the pictures are the same.
 
     Raises:
         ValueError: an unknown task or split.
@@ -128,7 +129,8 @@ def compose_split(task: str, split: str) -> Split:
     places = _places(rng, split, labels, own)
     extras = np.array([i for i, c in enumerate(concepts.load()) if not c.task])
     pictures, masks = compose.render(compose.draw(rng, rows[labels], extras, places), _levels(), bank)
-    spoiled = spoil(rng, masks) if split == "train" else np.zeros(len(labels), np.bool_)
+    kept = true_masks or split != "train"
+    spoiled = np.zeros(len(labels), np.bool_) if kept else spoil(rng, masks)
     families = np.concatenate([own.ravel(), np.repeat(np.arange(len(backgrounds.NAMES)), RANDOM_COUNT)])[places]
     return Split(pictures, masks, labels, families, spoiled)
 
@@ -143,7 +145,7 @@ def digest(task: str) -> str:
     return state.hexdigest()
 
 
-def write_task(name: str, out: Path | str, quality: int | None = None) -> Path:
+def write_task(name: str, out: Path | str, quality: int | None = None, *, true_masks: bool = False) -> Path:
     """Compose a task into an image folder with mirrored masks.
 
     `out/<split>/<class>/<n>.webp`, masks at `out/mask/<same path>` (lossless, white foreground), splits `WRITTEN`;
@@ -153,11 +155,12 @@ def write_task(name: str, out: Path | str, quality: int | None = None) -> Path:
         name: the task.
         out: the folder to write.
         quality: WebP quality of the pictures; None (the default) writes them lossless.
+        true_masks: leave the training masks whole too.
     """
     out, names = Path(out), class_names(name)
     spoiled: list[str] = []
     for split in WRITTEN:
-        done = compose_split(name, split)
+        done = compose_split(name, split, true_masks=true_masks)
         for i, label in enumerate(done.labels):
             file = f"{split}/{names[label].replace(' ', '_')}/{i % PER_CLASS[split]:02d}.webp"
             for path in (out / file, out / "mask" / file):

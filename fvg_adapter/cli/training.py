@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +39,10 @@ def train_and_compare(
     data: Annotated[str, typer.Argument(help="Folder with train/, a test split and mask/; or a Hub data set.")],
     model: Annotated[str, typer.Option(metavar="ID_OR_DIR", help="The base CLIP: a Hub id or a folder.")],
     tuner: Annotated[
-        str, typer.Option(help="What is tuned first: coop, kgcoop, promptsrc, mmrl, lora, zero_shot.")
+        str,
+        typer.Option(
+            help="What is tuned first: coop, kgcoop, promptsrc, mmrl, lora, zero_shot, or package.module:Class."
+        ),
     ] = "coop",
     shots: Annotated[int, typer.Option(min=1, help="Training pictures a class.")] = 16,
     seeds: Annotated[str, typer.Option(help="One run each, separated by commas.")] = "1,2,3",
@@ -49,7 +53,14 @@ def train_and_compare(
     foreground: Annotated[
         str, typer.Option(help="Masks of pictures without a mask file: given (none), attention, or whole (x_fg = x).")
     ] = "given",
-    template: Annotated[str, typer.Option(help="Hand-written prompt of plain CLIP, with one {}.")] = "a photo of a {}.",
+    template: Annotated[
+        str | None,
+        typer.Option(help="Hand-written prompt of plain CLIP, with one {}.", show_default="by the data set's name"),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Its name in the literature: eurosat, dtd, …", show_default="the last part of DATA"),
+    ] = None,
     controls: Annotated[
         bool, typer.Option(help="Also train without the foreground, with x_fg = x, and shuffled masks.")
     ] = True,
@@ -111,7 +122,8 @@ def train_and_compare(
     half is only ever scored: the base-to-new protocol of CoOp. HM is the
     harmonic mean of both accuracies; "joint HM" asks for all classes at once.
     The controls show what a gain owes to the foreground. With --output, the
-    adapter of the first seed is kept.
+    adapter of the first seed is kept. A data set of the paper (by its folder's
+    name, or --dataset) brings its own hand-written prompt and epochs.
 
     \b
     DATA/train/<class>/a.jpg         16 of these a class are drawn
@@ -140,14 +152,22 @@ def train_and_compare(
     from fvg_adapter.foreground import resolve_source
     from fvg_adapter.protocols import base_to_new
     from fvg_adapter.train import PRECISIONS
-    from fvg_adapter.tuners.recipes import recipe_for
+    from fvg_adapter.tuners import tuner_named
+    from fvg_adapter.tuners.recipes import recipe_on
+    from fvg_adapter.tuners.templates import dataset_name
 
     resolve_source(foreground)
     if precision not in PRECISIONS:
         raise FVGError(f"--precision {precision!r} is unknown. {nearest(precision, PRECISIONS)}")
-    recipe = recipe_for(tuner)
+    sys.path.insert(0, str(Path.cwd()))  # where a tuner of one's own lies
+    kind = tuner_named(tuner).kind
+    recipe = recipe_on(kind, dataset or Path(data).name)
+    if template is None:
+        template = recipe.arguments["template"]
+    elif "teacher_template" in recipe.arguments:  # KgCoOp's teacher is the hand-written prompt too
+        arguments = {"teacher_template": template, **arguments}
     tune = _override(
-        recipe.tune, f"tuning a {tuner!r}", "--tune-", lr=tune_lr, epochs=tune_epochs, batch_size=tune_batch
+        recipe.tune, f"tuning a {kind!r}", "--tune-", lr=tune_lr, epochs=tune_epochs, batch_size=tune_batch
     )
     heads = _override(recipe.fvg, "the heads", "--", lr=lr, epochs=epochs, batch_size=batch)
     if min_crop is not None:
@@ -155,33 +175,35 @@ def train_and_compare(
             raise FVGError(f"--min-crop must lie above 0 and not above 1, but is {min_crop}.")
         tune, heads = _cropped(tune, min_crop), _cropped(heads, min_crop)
     settings = _config(config, weights, model)
+    tell = say_progress()
+    if tell is not None:
+        tell(f"tuner {kind}, prompt {template!r}, data set {dataset_name(dataset or Path(data).name)}")
     clip, tokenizer = load_base(model, place)
     results = base_to_new(
         clip,
         tokenizer,
         data,
-        tuner=tuner,
-        tuner_options=arguments,
+        tuner=kind,
+        tuner_options={**recipe.arguments, "template": template, **arguments},
         shots=shots,
         seeds=numbers,
         views=views,
         test_split=test_split,
         controls=controls,
         foreground=foreground,
-        template=template,
         config=settings,
         tune=tune,
         heads=heads,
         precision=precision,
         output=output,
-        progress=say_progress(),
+        progress=tell,
     )
     if as_json:
         show_json(results.to_json())
     else:
         show(title_of(data, numbers))
         show(table_of(results))
-        show("\n".join(remarks_on(results, tuner, output)))
+        show("\n".join(remarks_on(results, kind, output)))
 
 
 # -- options -----------------------------------------------------------------------------------------------------------

@@ -11,25 +11,35 @@ from fvg_adapter.data.errors import DataError
 
 
 class OtherMasks(Dataset[dict[str, Any]]):
-    """A data set in which every image carries another image's mask, augmented on its own.
+    """A data set in which images carry another image's mask, augmented on its own.
 
     Args:
         dataset: items with "foreground_mask", `classes` and `labels`.
-        seed: of the pairing, one random cycle through all images, so that no image keeps its own mask.
+        seed: of the pairing, one random cycle through the chosen images, so that none of them keeps its own mask.
+        share: of the images that are chosen, in [0, 1]; all by default.
+
+    Attributes:
+        other: {index of an image: index of the image whose mask it carries}, of the chosen images.
 
     Raises:
-        DataError: on access, an image without a mask.
+        DataError: a share outside [0, 1]; on access, an image without a mask.
     """
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: Any, seed: int, share: float = 1.0) -> None:
+        if not 0 <= share <= 1:
+            raise DataError(f"share must lie in [0, 1], but is {share}.")
         self.dataset, self.classes, self.labels = dataset, dataset.classes, dataset.labels
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-        self.other = dict(zip(order.tolist(), order.roll(1).tolist(), strict=True))
+        chosen = order[: round(share * len(order))]
+        self.other = dict(zip(chosen.tolist(), chosen.roll(1).tolist(), strict=True))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if index not in self.other:
+            item: dict[str, Any] = self.dataset[index]
+            return item
         item, other = self.dataset[index], self.dataset[self.other[index]]
         if "foreground_mask" not in item or "foreground_mask" not in other:
             raise DataError(f"shuffled masks need a mask for every image, but image {index} or its partner has none.")

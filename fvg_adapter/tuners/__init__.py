@@ -12,21 +12,26 @@ from fvg_adapter.tuners.kgcoop import KgCoOp
 from fvg_adapter.tuners.lora import LoRA
 from fvg_adapter.tuners.mmrl import MMRL
 from fvg_adapter.tuners.promptsrc import PromptSRC
-from fvg_adapter.tuners.registry import TUNERS, register
+from fvg_adapter.tuners.recipes import RECIPES, Recipe, Stage
+from fvg_adapter.tuners.registry import TUNERS, register, tuner_named
 from fvg_adapter.tuners.zero_shot import ZeroShot
 
 __all__ = [
     "MMRL",
+    "RECIPES",
     "TUNERS",
     "CoOp",
     "External",
     "KgCoOp",
     "LoRA",
     "PromptSRC",
+    "Recipe",
+    "Stage",
     "Tuner",
     "TunerOutput",
     "ZeroShot",
     "register",
+    "tuner_named",
 ]
 
 for _tuner in (ZeroShot, CoOp, KgCoOp, PromptSRC, MMRL, LoRA, External):

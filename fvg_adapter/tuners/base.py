@@ -7,6 +7,7 @@ are attached once and act only in its own passes. Imports towers, storage and pr
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,8 @@ class Tuner(nn.Module, Pretrained):
     kind: ClassVar[str] = "tuner"
     encoder_needs_separate_passes: ClassVar[bool] = False
     """Whether whole images and foreground views cannot share one batch (a tower with batch statistics)."""
+    saves_adapters: ClassVar[bool] = False
+    """Whether files hold the PEFT adapters of the CLIP too."""
     changes_images: bool = False
     """Whether `image_features` differs from the plain CLIP's; where not, one pass serves both."""
 
@@ -367,6 +370,12 @@ class Tuner(nn.Module, Pretrained):
             raise FVGError(
                 "a model with a projection=module of yours cannot be saved: the file could not name that module; "
                 "give a CLIPVisionModelWithProjection instead."
+            )
+        if self._adapter_layers and not self.saves_adapters:
+            warnings.warn(
+                f"the PEFT adapters of this CLIP are not in the files of a {type(self).__name__}: keep them yourself "
+                "and load with clip=PeftModel.from_pretrained(…), or tune with LoRA(peft_model, …), which saves them.",
+                stacklevel=4,
             )
         return {
             "kind": "tuner",

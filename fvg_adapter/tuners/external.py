@@ -41,9 +41,9 @@ class External(Tuner):
 
     Functions keep their precision: float64 features give float64 scores.
 
-    Attention as the foreground needs a vision tower that the package knows: without `clip`, or where the functions do
-    not run it, wrap with foreground="given", "whole" or a callable. Heads can be saved; to load them, make the tuner
-    again (files hold no functions).
+    Attention as the foreground needs a vision tower that the package knows: without `clip` wrap refuses it, and where
+    the functions do not run the CLIP the first batch does; use foreground="given", "whole" or a callable. Heads can be
+    saved; to load them, make the tuner again (files hold no functions).
 
     Raises:
         FVGError: neither a CLIP nor both prior functions, no logit scale, features of another width or number.
@@ -236,6 +236,10 @@ class _NoEncoder(DualEncoder):
 
     @property
     def has_text(self) -> bool:
+        return False
+
+    @property
+    def has_vision(self) -> bool:
         return False
 
     @property

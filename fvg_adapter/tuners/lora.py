@@ -57,6 +57,7 @@ class LoRA(Tuner):
     """
 
     kind: ClassVar[str] = "lora"
+    saves_adapters: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fvg_adapter.errors import FVGError, nearest
-from fvg_adapter.tuners.templates import CLIP_TEMPLATES, KGCOOP_TEMPLATES
+from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE
+from fvg_adapter.tuners.templates import CLIP_TEMPLATES, KGCOOP_TEMPLATES, dataset_name, template_for
 
 WHOLE_CROP = (0.08, 1.0)
 """Scale of the random resized crop that Dassl uses when a config names none."""
@@ -77,7 +78,7 @@ EPOCHS_BY_DATASET: Mapping[str, int] = {"EuroSAT": 20}
 
 _HEADS_BY_SGD = Stage("sgd", 0.0035, 4, "configs/trainers/FVGPT_CoOp and FVGPT_KgCoOp of the release (METHOD 7)")
 
-RECIPES: Mapping[str, Recipe] = {
+RECIPES: dict[str, Recipe] = {
     "zero_shot": Recipe(tune=None, fvg=_HEADS_BY_SGD),
     "external": Recipe(tune=None, fvg=_HEADS_BY_SGD),
     "coop": Recipe(
@@ -113,7 +114,30 @@ RECIPES: Mapping[str, Recipe] = {
         fvg=_HEADS_BY_SGD,  # the paper has no LoRA; the heads learn as behind CoOp
     ),
 }
-"""Recipes by `Tuner.kind`."""
+"""Recipes by `Tuner.kind`; `register(recipe=…)` adds one."""
+
+
+def recipe_on(kind: str, dataset: str) -> Recipe:
+    """The recipe of a tuner kind on a data set of the paper: its template as an argument, and its number of epochs.
+
+    A data set that is not known gets the default template and the recipe's own epochs.
+
+    Raises:
+        FVGError: there is no recipe of that name.
+
+    >>> recipe_on("kgcoop", "eurosat").arguments["template"]
+    'a centered satellite photo of {}.'
+    """
+    recipe = recipe_for(kind)
+    template = template_for(dataset, recipe.templates, default=DEFAULT_TEMPLATE)
+    arguments = {**recipe.arguments, "template": template}
+    if kind == "kgcoop":
+        arguments["teacher_template"] = template
+    epochs = EPOCHS_BY_DATASET.get(dataset_name(dataset))
+    if epochs is None:
+        return replace(recipe, arguments=arguments)
+    tune = recipe.tune and replace(recipe.tune, epochs=max(epochs, recipe.tune.epochs))
+    return replace(recipe, tune=tune, fvg=replace(recipe.fvg, epochs=epochs), arguments=arguments)
 
 
 def recipe_for(kind: str) -> Recipe:
@@ -123,7 +147,10 @@ def recipe_for(kind: str) -> Recipe:
         FVGError: there is no recipe of that name.
     """
     if kind not in RECIPES:
-        raise FVGError(f"there is no recipe for the tuner {kind!r}. {nearest(kind, RECIPES)}")
+        raise FVGError(
+            f"there is no recipe for the tuner {kind!r}. {nearest(kind, RECIPES)} A tuner of your own brings one: "
+            "@register(recipe=Recipe(…))."
+        )
     return RECIPES[kind]
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import importlib
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
 
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.storage import loads_kind
 from fvg_adapter.tuners.base import Tuner
+from fvg_adapter.tuners.recipes import RECIPES, Recipe
 
 TUNERS: dict[str, type[Tuner]] = {}
 """Tuner classes by `kind`."""
@@ -14,18 +17,64 @@ TUNERS: dict[str, type[Tuner]] = {}
 T = TypeVar("T", bound=type[Tuner])
 
 
-def register(tuner: T) -> T:
-    """Makes a tuner class known by its `kind`; usable as a decorator.
+@overload
+def register(tuner: T) -> T: ...
+
+
+@overload
+def register(*, recipe: Recipe) -> Callable[[T], T]: ...
+
+
+def register(tuner: T | None = None, *, recipe: Recipe | None = None) -> T | Callable[[T], T]:
+    """Makes a tuner class known by its `kind`; a decorator, bare or with the recipe that it is trained by.
+
+    Args:
+        tuner: the class. recipe: how it and the heads behind it are trained; `fvg-adapter train` and `fit` follow it.
 
     Raises:
-        FVGError: another class already has that name.
+        FVGError: another class already has that name, or the class has none of its own.
+
+    Example:
+        >>> @register(recipe=Recipe(tune=Stage("sgd", 0.002, 32, "mine"), fvg=RECIPES["coop"].fvg))  # doctest: +SKIP
+        ... class Mine(Tuner):
+        ...     kind = "mine"
     """
+    if tuner is None:
+        return lambda given: _registered(given, recipe)
+    return _registered(tuner, recipe)
+
+
+def _registered(tuner: T, recipe: Recipe | None) -> T:
+    if tuner.kind == Tuner.kind:
+        raise FVGError(f"{tuner.__qualname__} has no kind of its own; give it one, such as kind = {'mine'!r}.")
     known = TUNERS.setdefault(tuner.kind, tuner)
     if known is not tuner:
         raise FVGError(
             f"a tuner of kind {tuner.kind!r} is already registered ({known.__qualname__}); choose another kind."
         )
+    if recipe is not None:
+        RECIPES[tuner.kind] = recipe
     return tuner
+
+
+def tuner_named(name: str) -> type[Tuner]:
+    """The tuner class of a kind ("coop"), or of "package.module:Class", which is imported and registered.
+
+    Raises:
+        FVGError: no such kind, module or class, or the class is no Tuner.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        if name not in TUNERS:
+            raise FVGError(f"tuner {name!r} is unknown. {nearest(name, TUNERS)} One of your own: package.module:Class.")
+        return TUNERS[name]
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise FVGError(f"the tuner {name!r} could not be imported: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, Tuner)):
+        raise FVGError(f"{name!r} is no tuner: a subclass of fvg_adapter.tuners.Tuner is expected.")
+    return register(found)
 
 
 def tuner_class(config: dict[str, Any]) -> type[Tuner]:

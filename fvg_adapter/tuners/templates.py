@@ -124,16 +124,23 @@ def template_for(dataset: str, templates: Mapping[str, str] = CLIP_TEMPLATES, *,
     >>> template_for("oxford_pets")
     'a photo of a {}, a type of pet.'
     """
-    aliases = {_key(k): v for k, v in _FOLDERS.items()}
-    known = {_key(name): text for name, text in templates.items()}
-    name = aliases.get(_key(dataset), dataset)
-    found = known.get(_key(name), default)
+    found = templates.get(dataset_name(dataset), default)
     if found is None:
         raise FVGError(
             f"no hand-written prompt is known for the data set {dataset!r}; give one, such as {DEFAULT_TEMPLATE!r}. "
             f"{nearest(dataset, templates)}"
         )
     return found
+
+
+def dataset_name(given: str) -> str:
+    """Dassl's name of a data set, from that or from its folder's; what is not known stays as it is.
+
+    >>> dataset_name("oxford_pets"), dataset_name("my_birds")
+    ('OxfordPets', 'my_birds')
+    """
+    known = {_key(name): name for name in CLIP_TEMPLATES} | {_key(folder): name for folder, name in _FOLDERS.items()}
+    return known.get(_key(given), given)
 
 
 def _key(name: str) -> str:

@@ -1,0 +1,144 @@
+"""The arithmetic of docs/results.md: averages with their spread, paired differences with an exact test, as tables."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Values = dict[str, list[float]]
+"""{task: [a value a seed]}"""
+Rows = dict[str, dict[str, Values]]
+"""{row: {metric: Values}}"""
+
+METRICS = ("base", "new", "hm", "joint_base", "joint_new", "joint_hm", "d_fg", "entropy", "ece")
+SHOWN = {
+    "base": "base",
+    "new": "new",
+    "hm": "HM",
+    "joint_hm": "joint HM",
+    "d_fg": "D_fg",
+    "entropy": "entropy",
+    "ece": "ECE",
+}
+PAIRED = {"base": "base", "new": "new", "hm": "HM", "joint_hm": "joint HM"}
+
+
+def gather(folder: Path, tasks: Sequence[str], split: str) -> Rows:
+    """What OUTPUT/<tuner>/<task>.json say of one test split."""
+    found: Rows = {}
+    for task in tasks:
+        record = json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))
+        rows = record["also"].get(split) if split in record["also"] else record
+        for row, figures in rows.items():
+            if row in ("also", "settings"):
+                continue
+            for metric in METRICS:
+                found.setdefault(row, {}).setdefault(metric, {})[task] = figures[metric]
+    return found
+
+
+def average(by_task: Mapping[str, Sequence[float]]) -> tuple[float, float]:
+    """Mean over tasks and seeds, and the standard deviation over seeds of the average over tasks."""
+    per_seed = [statistics.fmean(values) for values in zip(*by_task.values(), strict=True)]
+    return statistics.fmean(per_seed), statistics.stdev(per_seed) if len(per_seed) > 1 else 0.0
+
+
+def paired(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> tuple[float, float, float, int]:
+    """Mean and standard deviation over tasks of the difference (seeds averaged), sign-flip p, and tasks above 0."""
+    differences = [statistics.fmean(one[t]) - statistics.fmean(other[t]) for t in one]
+    return (
+        statistics.fmean(differences),
+        statistics.stdev(differences) if len(differences) > 1 else 0.0,
+        sign_flip(differences),
+        sum(d > 0 for d in differences),
+    )
+
+
+def sign_flip(differences: Sequence[float]) -> float:
+    """Exact two-sided p: the share of all sign patterns whose mean is at least as far from 0."""
+    observed = abs(sum(differences)) - 1e-12
+    flips = itertools.product((1, -1), repeat=len(differences))
+    return statistics.fmean(abs(sum(s * d for s, d in zip(f, differences, strict=True))) >= observed for f in flips)
+
+
+def header(first: str, columns: Sequence[str]) -> list[str]:
+    """The two head lines of a Markdown table."""
+    return [f"| {first} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+
+
+def line(name: str, cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def main_table(rows: Rows, names: Mapping[str, str]) -> list[str]:
+    """Averages over tasks with the spread over seeds."""
+    return header("", list(SHOWN.values())) + body(rows, names)
+
+
+def body(rows: Rows, names: Mapping[str, str]) -> list[str]:
+    """Lines of `main_table` without its head."""
+    lines = []
+    for row, name in names.items():
+        cells = []
+        for metric in SHOWN:
+            mean, spread = average(rows[row][metric])
+            cells.append(f"{mean:.2f}" if metric in ("d_fg", "entropy", "ece") else f"{mean:.1f} ± {spread:.1f}")
+        lines.append(line(name, cells))
+    return lines
+
+
+def difference_table(rows: Rows, differences: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Paired differences (name, row, other row) over tasks."""
+    return header("difference", list(PAIRED.values())) + difference_lines(rows, differences)
+
+
+def difference_lines(rows: Rows, differences: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Lines of `difference_table` without its head."""
+    lines = []
+    for name, one, other in differences:
+        cells = []
+        for metric in PAIRED:
+            mean, spread, p, above = paired(rows[one][metric], rows[other][metric])
+            cells.append(f"{mean:+.2f} ± {spread:.2f} ({above}/{len(rows[one][metric])}, p {p:.3f})")
+        lines.append(line(name, cells))
+    return lines
+
+
+def task_table(rows: Rows, names: Mapping[str, str]) -> list[str]:
+    """Base / new of some rows, task by task, seeds averaged."""
+    lines = header("task", list(names.values()))
+    for task in next(iter(rows.values()))["base"]:
+        pairs = [(statistics.fmean(rows[r]["base"][task]), statistics.fmean(rows[r]["new"][task])) for r in names]
+        lines.append(line(task, [f"{base:.1f} / {new:.1f}" for base, new in pairs]))
+    return lines
+
+
+def variants_table(record: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> list[str]:
+    """{task: {variant: {metric: [a value a seed]}}}, averaged over tasks and seeds."""
+    variants = next(iter(record.values()))
+    metrics = list(next(iter(variants.values())))
+    lines = header("", metrics)
+    for name in variants:
+        means = [statistics.fmean(v for task in record.values() for v in task[name][m]) for m in metrics]
+        lines.append(line(name, [f"{m:.1f}" for m in means]))
+    return lines
+
+
+def preconditions_table(average: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Accuracy of CLIP, a linear probe and CoOp by test set: how much each leans on the backgrounds."""
+    columns = list(next(iter(average.values())))
+    lines = header("accuracy, percent", columns)
+    return lines + [
+        line(name.replace("_", ", "), [f"{figures[c]:.1f}" if c in figures else "" for c in columns])
+        for name, figures in average.items()
+    ]
+
+
+def read(path: Path) -> Any:
+    """A JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,5 @@
+"""`python -m fvg_adapter.cli`."""
+
+from fvg_adapter.cli import main
+
+main()
