@@ -110,7 +110,7 @@ class CoOp(Tuner):
 
     def _prompt_features(self, classes: Sequence[str]) -> Tensor:
         prompts = self.prompts(classes)
-        context = self.ctx
+        context: Tensor = self.ctx
         if self._csc:
             tuned = {plain(c): k for k, c in enumerate(self.base_classes)}
             context = context[[tuned[plain(c)] for c in classes]]  # (C, n_ctx, d)

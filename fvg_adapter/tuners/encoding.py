@@ -7,7 +7,6 @@ inputs alone and run again in backward (gradient checkpointing); the gradients a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ def encode_in_passes(encode: Encode, prompts: Prompts, encoder: DualEncoder, mem
     again = memory is not None and torch.is_grad_enabled() and graph > memory and _may_run_again(encoder.text)
     tokens = max(1, (memory or 0) // 2 // graph_bytes(encoder, 1)) if again else None
     rows = list(_rows(prompts, lengths, tokens))
-    parts = []
+    parts: list[Tensor] = []
     for number, some in enumerate(rows):
         chunk = prompts[some].to(device)
         if lengths is not None:
@@ -49,8 +48,7 @@ def encode_in_passes(encode: Encode, prompts: Prompts, encoder: DualEncoder, mem
         arguments = (some, chunk.input_ids, chunk.attention_mask)
         if again and number < len(rows) - 1:  # backward begins with the last pass: its graph is gone before others come
             drawn = any(module.training for module in encoder.text.modules())  # dropout, of LoRA say
-            part: Any = checkpoint(encode, *arguments, use_reentrant=False, preserve_rng_state=drawn)
-            parts.append(part)
+            parts.append(checkpoint(encode, *arguments, use_reentrant=False, preserve_rng_state=drawn))
         else:
             parts.append(encode(*arguments))
     if len(parts) == 1:
