@@ -60,9 +60,8 @@ def run(only: Sequence[str], setting: Setting, results: Path, page: Path) -> lis
         everything = report.add(results, name, result, title=title, machine=about, seconds=taken)
         page.write_text(report.page(everything, list(GROUPS)), "utf-8")
         for row in result.rows:
-            print(
-                f"{row.figure}: {row.ratio:.3g} ({row.low:.3g} to {row.high:.3g}) {row.bound} {row.holds}", flush=True
-            )
+            spread = f"{row.low:.3g} to {row.high:.3g}"
+            print(f"{row.figure}: {row.ratio:.3g} ({spread}) {row.bound} {row.holds}", flush=True)
         print(f"  {name}: {taken} s", flush=True)
         gc.collect()
     return failed

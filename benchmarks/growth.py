@@ -38,8 +38,8 @@ def heads_by_classes(setting: Setting, folder: Path) -> Result:
     lines = [[f"{c:,}", f"{s * 1e3:.2f}", f"{i * 1e3:.2f}"] for c, s, i in zip(counts, steps, inferences, strict=True)]
     exponents = [_exponent(counts, found) for found in (steps, inferences)]
     caption = (
-        f"The heads alone, on ready features of {setting.size.batch} images. Between the two largest counts time grows as "
-        f"classes to the power {exponents[0]:.2f} (step) and {exponents[1]:.2f} (inference)."
+        f"The heads alone, on ready features of {setting.size.batch} images. Between the two largest counts time grows "
+        f"as classes to the power {exponents[0]:.2f} (step) and {exponents[1]:.2f} (inference)."
     )
     _plot(folder / PICTURE, counts, steps, inferences)
     return Result(rows, caption, [["classes", "step, ms", "inference, ms"], *lines], PICTURE)

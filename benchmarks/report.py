@@ -11,9 +11,10 @@ from benchmarks.harness import Result
 
 INTRO = """# Benchmarks
 
-Written by `python -m benchmarks` (`make benchmarks`); do not edit. Everything is measured at ViT-B/16 size (224² images,
-random weights) on a CPU. A ratio is the median over pairs that took turns in one run, with the least and the greatest pair
-behind it; the two medians are absolute and belong to the machine named below. Read the ratios, not the seconds.
+Written by `python -m benchmarks` (`make benchmarks`); do not edit. Everything is measured at ViT-B/16 size (224²
+images, random weights) on a CPU. A ratio is the median over pairs that took turns in one run, with the least and the
+greatest pair behind it; the two medians are absolute and belong to the machine named below. Read the ratios, not the
+seconds.
 """
 
 
@@ -50,8 +51,8 @@ def page(results: Mapping[str, Any], order: list[str]) -> str:
         if group["picture"]:
             parts.append(f"![{group['title']}]({group['picture']})\n")
     parts.append(
-        "pytorch-grad-cam is not compared: it installs torchvision, and torch with it. captum's map is another one than the "
-        "attention of the pooling token, and needs a backward.\n"
+        "pytorch-grad-cam is not compared: it installs torchvision, and torch with it. captum's map is another one "
+        "than the attention of the pooling token, and needs a backward.\n"
     )
     return "\n".join(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 
@@ -51,16 +52,17 @@ def at_scale(setting: Setting) -> Result:
                 f"{gpu:.2f}",
                 f"{images * views * bytes_each / 1e9:.2f}",
                 f"{training:.2f}",
-                "1" if gpu < 1 else "1 (or n: hours ÷ n)",
+                "1" if gpu < 1 else f"{math.ceil(gpu)} for an hour",
             ]
         )
+    rate = GPU_FLOPS / IMAGE_FLOPS / 2
     caption = (
-        "**An estimate, not a measurement.** Encoding here: measured seconds an image (whole and foreground, no reading or "
-        f"decoding of files) times the images. One GPU: two forwards of {IMAGE_FLOPS / 1e9:.1f} GFLOP a view at an assumed "
-        f"{GPU_FLOPS / 1e12:.0f} TFLOP/s, the loader keeping up, which takes about {GPU_FLOPS / IMAGE_FLOPS / 2:,.0f} decoded "
-        f"images a second. Bank: {bytes_each:,.0f} bytes a view as it is stored now. Heads: {EPOCHS} epochs in batches of "
-        f"{HEADS_BATCH} (the paper's are of 4 and need as many more steps) at the step time measured on this CPU. Processes: "
-        "shards of the images are independent, so n processes divide the encoding by n; the heads need one."
+        "**An estimate, not a measurement.** Encoding here: measured seconds an image (whole and foreground, no "
+        f"reading or decoding of files) times the images. One GPU: two forwards of {IMAGE_FLOPS / 1e9:.1f} GFLOP a view at an "
+        f"assumed {GPU_FLOPS / 1e12:.0f} TFLOP/s, with a loader that keeps up ({rate:,.0f} decoded images a second). "
+        f"Bank: {bytes_each:,.0f} bytes a view as it is stored now. Heads: {EPOCHS} epochs in batches of {HEADS_BATCH} "
+        "(the paper's are of 4 and need as many more steps) at the step time measured on this CPU. Processes: shards "
+        "of the images are independent, so n processes divide the encoding by n; the heads need one."
     )
     header = ["data", "encoding here, h", "encoding on one GPU, h", "bank, GB", "heads, h", "processes"]
     return Result([], caption, [header, *lines])
