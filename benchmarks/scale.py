@@ -56,13 +56,15 @@ def at_scale(setting: Setting) -> Result:
             ]
         )
     rate = GPU_FLOPS / IMAGE_FLOPS / 2
+    rate = GPU_FLOPS / IMAGE_FLOPS / 2
     caption = (
-        "**An estimate, not a measurement.** Encoding here: measured seconds an image (whole and foreground, no "
-        f"reading or decoding of files) times the images. One GPU: two forwards of {IMAGE_FLOPS / 1e9:.1f} GFLOP a view at an "
-        f"assumed {GPU_FLOPS / 1e12:.0f} TFLOP/s, with a loader that keeps up ({rate:,.0f} decoded images a second). "
-        f"Bank: {bytes_each:,.0f} bytes a view as it is stored now. Heads: {EPOCHS} epochs in batches of {HEADS_BATCH} "
-        "(the paper's are of 4 and need as many more steps) at the step time measured on this CPU. Processes: shards "
-        "of the images are independent, so n processes divide the encoding by n; the heads need one."
+        "**An estimate, not a measurement.** Encoding here: measured seconds an image (whole and foreground, without "
+        "reading or decoding of files) times the images. One GPU: two forwards of "
+        f"{IMAGE_FLOPS / 1e9:.1f} GFLOP a view at an assumed {GPU_FLOPS / 1e12:.0f} TFLOP/s, with a loader that keeps "
+        f"up ({rate:,.0f} decoded images a second). Bank: {bytes_each:,.0f} bytes a view as it is stored now. Heads: "
+        f"{EPOCHS} epochs in batches of {HEADS_BATCH} (the paper's are of 4 and need as many more steps) at the step "
+        "time measured on this CPU. Processes: shards of the images are independent, so n processes divide the "
+        "encoding by n; the heads need one."
     )
     header = ["data", "encoding here, h", "encoding on one GPU, h", "bank, GB", "heads, h", "processes"]
     return Result([], caption, [header, *lines])
