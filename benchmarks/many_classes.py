@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
-import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +75,12 @@ def _work(line: Any, size: str, memory: int | None, threads: int) -> None:
 
 
 def _peak() -> float:
-    """Highest resident memory of this process so far, in MB; Linux tells kilobytes, macOS bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / MEGABYTE
+    """Highest resident memory of this process so far, in MB.
+
+    Where Linux tells it for the program alone: getrusage also counts the process that it was started from.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / MEGABYTE
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MEGABYTE  # macOS: bytes
