@@ -4,7 +4,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-low check clean
+.PHONY: demo test test-low check benchmarks clean
 
 $(VENV)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check fvg_adapter tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Some ten minutes on two idle cores; one group again: make benchmarks ONLY="--only inference".
+benchmarks: $(VENV)/.installed
+	$(BIN)/python -m benchmarks $(ONLY)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -70,6 +70,7 @@ class FVGModel(nn.Module, Pretrained):
         self.foreground = foreground
         self._source = source
         self.base_classes = tuple(base_classes or tuner.base_classes)
+        self._seen: tuple[tuple[tuple[str, ...], tuple[str, ...]], list[bool]] | None = None
         self.wraps_clip = False
         dim, device = tuner.encoder.feature_dim, tuner.encoder.device
         self.visual_adapter = BottleneckAdapter(dim, config.bottleneck, config.init_std)
@@ -112,8 +113,12 @@ class FVGModel(nn.Module, Pretrained):
         return "base" if all(seen) else "joint" if any(seen) else "new"
 
     def _is_base(self) -> list[bool]:
-        known = {plain(name) for name in self.base_classes}
-        return [plain(name) in known for name in self.classes]
+        """Which of the current classes were tuned on; kept, since every forward asks."""
+        lists = (self.base_classes, self.classes)
+        if self._seen is None or self._seen[0] != lists:
+            known = {plain(name) for name in self.base_classes}
+            self._seen = (lists, [plain(name) in known for name in self.classes])
+        return self._seen[1]
 
     # -- forward ---------------------------------------------------------------------------------------------------
 

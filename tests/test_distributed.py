@@ -20,7 +20,7 @@ from transformers import CLIPModel, CLIPTokenizer
 import fvg_adapter
 from conftest import GOLDEN, small_config
 from fvg_adapter.train import fit
-from fvg_adapter.tuners import CoOp, ZeroShot
+from fvg_adapter.tuners import MMRL, CoOp, ZeroShot
 from fvg_adapter.tuners.recipes import Stage
 from fvg_adapter.wrapping import wrap
 
@@ -84,8 +84,26 @@ def prompts_then_heads(recipe: Stage, folder: Path) -> Any:
     return model
 
 
+def prompts_in_chunks(recipe: Stage, folder: Path) -> Any:
+    clip, tokenizer = base()
+    torch.manual_seed(3)
+    tuner = MMRL(clip, tokenizer, NAMES, rep_layers=[1, 2], rep_dim=8)
+    tuner.text_memory = 1  # every prompt alone, computed again in backward
+    fit(tuner, Pictures(), recipe=recipe)
+    return tuner
+
+
 CASES: dict[str, Callable[[Stage, Path], Any]] = {
-    f.__name__: f for f in (with_masks, one_usable_mask, no_usable_mask, accumulated, twice, prompts_then_heads)
+    f.__name__: f
+    for f in (
+        with_masks,
+        one_usable_mask,
+        no_usable_mask,
+        accumulated,
+        twice,
+        prompts_then_heads,
+        prompts_in_chunks,
+    )
 }
 
 

@@ -24,12 +24,10 @@ from fvg_adapter.modes import Hold, full_precision, keep_full_precision
 from fvg_adapter.storage import TUNER_FILE, Pretrained, load_own, own_tensors_only
 from fvg_adapter.towers import DualEncoder
 from fvg_adapter.tuners.adapters import adapter_layers, adapter_state, adapts_images, without_adapter
-from fvg_adapter.tuners.cache import TextCache
+from fvg_adapter.tuners.cache import TextCache, remembered
+from fvg_adapter.tuners.encoding import encode_in_passes
 from fvg_adapter.tuners.passes import own_pass, untouched
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Prompts, check_classes, check_template, fill, tokenize
-
-TEXTS_PER_CHUNK = 256
-"""Prompts encoded at once; bounds the memory of frozen text passes."""
 
 Self = TypeVar("Self", bound="Tuner")
 
@@ -74,6 +72,11 @@ class Tuner(nn.Module, Pretrained):
     """Whether files hold the PEFT adapters of the CLIP too."""
     changes_images: bool = False
     """Whether `image_features` differs from the plain CLIP's; where not, one pass serves both."""
+    text_memory: int | None = 2**30
+    """Bytes that the graph of the prompts may take in training. Beyond them (some 300 short class names behind a
+    ViT-B/16) prompts are encoded in chunks that are computed again in backward: the same gradients, a third more time
+    for the text tower, a fixed amount of memory. Settable on a tuner; None: never. The user's own gradient
+    checkpointing of the text tower goes first."""
 
     def __init__(
         self,
@@ -95,6 +98,7 @@ class Tuner(nn.Module, Pretrained):
         self.base_classes = names
         self._classes = names
         self._text_cache = TextCache()
+        self._prompts: dict[Hashable, tuple[Prompts, Any]] = {}
         self._handles: list[Any] = []
         self._adapter_layers = adapter_layers(model)
         self._check_prompts(names)
@@ -255,7 +259,16 @@ class Tuner(nn.Module, Pretrained):
 
     def prior_prompts(self, classes: Sequence[str]) -> Prompts:
         """The template with each class name, tokenised."""
-        return self.tokenized([fill(self.template, name) for name in classes])
+        return self._tokenized_once(
+            ("prior", self.template), classes, lambda: self.tokenized([fill(self.template, name) for name in classes])
+        )
+
+    def _tokenized_once(self, what: Hashable, classes: Sequence[str], tokenized: Callable[[], Prompts]) -> Prompts:
+        """Prompts of a class list, which a training asks for in every step."""
+        key = (what, tuple(classes))
+        if key in self._prompts and self._prompts[key][1] is not self.tokenizer:
+            self._prompts.clear()
+        return remembered(self._prompts, key, lambda: (tokenized(), self.tokenizer))[0]
 
     def tokenized(self, texts: Sequence[str]) -> Prompts:
         """Token ids of whole texts for this text tower."""
@@ -271,17 +284,15 @@ class Tuner(nn.Module, Pretrained):
         return self._encode(self.prior_prompts(classes))
 
     def _encode(
-        self, prompts: Prompts, per_chunk: Callable[[slice], contextlib.AbstractContextManager[None]] | None = None
+        self, prompts: Prompts, per_pass: Callable[[Tensor], contextlib.AbstractContextManager[None]] | None = None
     ) -> Tensor:
-        """Raw text features (N, D) of prompts, in chunks; `per_chunk(rows)` surrounds each pass."""
-        parts = []
-        device = self.encoder.token_embedding.weight.device
-        for start in range(0, len(prompts), TEXTS_PER_CHUNK):
-            rows = slice(start, start + TEXTS_PER_CHUNK)
-            chunk = prompts[rows].to(device)
-            with own_pass(self), per_chunk(rows) if per_chunk else contextlib.nullcontext():
-                parts.append(full_precision(self.encoder.text_features(chunk.input_ids, chunk.attention_mask)))
-        return torch.cat(parts)
+        """Raw text features (N, D) of prompts, in passes; `per_pass(rows)` surrounds each, also in a recomputation."""
+
+        def encode(rows: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            with own_pass(self), per_pass(rows) if per_pass else contextlib.nullcontext():
+                return full_precision(self.encoder.text_features(input_ids, attention_mask))
+
+        return encode_in_passes(encode, prompts, self.encoder, self.text_memory)
 
     # -- frozen text features --------------------------------------------------------------------------------------
 

@@ -7,12 +7,15 @@ and versions). While any parameter needs a gradient nothing is cached, because e
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 ENTRIES = 8
 """Class lists kept; the oldest goes first."""
+
+Value = TypeVar("Value")
 
 
 class TextCache:
@@ -34,9 +37,8 @@ class TextCache:
         if entry is None:
             with torch.inference_mode(False), torch.no_grad():
                 found = compute()
-            while len(self._entries) >= ENTRIES:
-                self._entries.pop(next(iter(self._entries)), None)
-            entry = self._entries[key] = (found, list(parameters))  # kept alive, so that no identity is used again
+            # parameters are kept alive, so that no identity is used again
+            entry = remembered(self._entries, key, lambda: (found, list(parameters)))
         return entry[0]
 
     def clear(self) -> None:
@@ -45,6 +47,17 @@ class TextCache:
 
     def __getstate__(self) -> dict[str, object]:
         return {"_entries": {}}  # copies and pickles start empty: identities of parameters mean nothing there
+
+
+def remembered(entries: dict[Hashable, Value], key: Hashable, make: Callable[[], Value]) -> Value:
+    """The entry, made where it is missing; of more than ENTRIES the oldest goes."""
+    value = entries.get(key)
+    if value is None:
+        value = make()
+        while len(entries) >= ENTRIES:
+            entries.pop(next(iter(entries)), None)
+        entries[key] = value
+    return value
 
 
 def _state(parameters: Sequence[Tensor]) -> Hashable:

@@ -94,29 +94,33 @@ class CoOp(Tuner):
     def prompts(self, classes: Sequence[str]) -> Prompts:
         """Tokenised prompts of the classes with the positions that the context takes."""
         encoder = self.encoder
-        return with_context(
-            self.tokenizer,
+        return self._tokenized_once(
+            "context",
             classes,
-            encoder.text_length,
-            words=self._words,
-            n_ctx=self._n_ctx,
-            position=self._position,
-            pad_to_limit=not encoder.layout.trims_text,
+            lambda: with_context(
+                self.tokenizer,
+                classes,
+                encoder.text_length,
+                words=self._words,
+                n_ctx=self._n_ctx,
+                position=self._position,
+                pad_to_limit=not encoder.layout.trims_text,
+            ),
         )
 
     def _prompt_features(self, classes: Sequence[str]) -> Tensor:
         prompts = self.prompts(classes)
+        context: Tensor = self.ctx
         if self._csc:
-            tuned = [plain(c) for c in self.base_classes]
-            context = self.ctx[[tuned.index(plain(c)) for c in classes]]
-        else:
-            context = self.ctx.expand(len(classes), -1, -1)  # (C, n_ctx, d)
-        assert prompts.context is not None
-        positions = prompts.context.to(context.device)
+            tuned = {plain(c): k for k, c in enumerate(self.base_classes)}
+            context = context[[tuned[plain(c)] for c in classes]]  # (C, n_ctx, d)
+        positions = prompts.context
+        assert positions is not None
 
         @contextlib.contextmanager
-        def placed(rows: slice) -> Iterator[None]:
-            _THREAD.placed = (self, context[rows], positions[rows])
+        def placed(rows: Tensor) -> Iterator[None]:
+            own = context[rows.to(context.device)] if self._csc else context.expand(len(rows), -1, -1)
+            _THREAD.placed = (self, own, positions[rows].to(context.device))
             try:
                 yield
             finally:

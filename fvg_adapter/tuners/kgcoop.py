@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fvg_adapter.errors import FVGError
 from fvg_adapter.tuners.coop import CoOp
 from fvg_adapter.tuners.passes import untouched
-from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, check_template, fill
+from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Prompts, check_template, fill
 
 
 class KgCoOp(CoOp):
@@ -61,15 +61,18 @@ class KgCoOp(CoOp):
 
     def _check_prompts(self, classes: tuple[str, ...]) -> None:
         super()._check_prompts(classes)
-        self.tokenized([fill(self._teacher_template, name) for name in classes])
+        self._teacher_prompts(classes)
+
+    def _teacher_prompts(self, classes: Sequence[str]) -> Prompts:
+        texts = [fill(self._teacher_template, name) for name in classes]
+        return self._tokenized_once(("teacher", self._teacher_template), classes, lambda: self.tokenized(texts))
 
     def teacher_features(self) -> Tensor:
         """w (C, D): the untouched CLIP's unit text features of the teacher template, without gradient."""
 
         def encode() -> Tensor:
             with untouched():
-                prompts = self.tokenized([fill(self._teacher_template, name) for name in self._classes])
-                return F.normalize(self._encode(prompts), dim=-1)
+                return F.normalize(self._encode(self._teacher_prompts(self._classes)), dim=-1)
 
         return self._cached("teacher", (), encode)
 

@@ -34,7 +34,7 @@ class Prompts:
     attention_mask: Tensor
     context: Tensor | None = None
 
-    def __getitem__(self, rows: slice) -> Prompts:
+    def __getitem__(self, rows: slice | Tensor) -> Prompts:
         """The prompts of some of the classes."""
         context = None if self.context is None else self.context[rows]
         return Prompts(self.input_ids[rows], self.attention_mask[rows], context)

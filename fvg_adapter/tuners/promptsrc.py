@@ -184,13 +184,17 @@ class PromptSRC(Tuner):
     def prompts(self, classes: Sequence[str]) -> Prompts:
         """Tokenised prompts of the classes with the positions that `text_ctx` takes."""
         encoder = self.encoder
-        return with_context(
-            self.tokenizer,
+        return self._tokenized_once(
+            "context",
             classes,
-            encoder.text_length,
-            words=self._words,
-            n_ctx=self._n_text,
-            pad_to_limit=not encoder.layout.trims_text,
+            lambda: with_context(
+                self.tokenizer,
+                classes,
+                encoder.text_length,
+                words=self._words,
+                n_ctx=self._n_text,
+                pad_to_limit=not encoder.layout.trims_text,
+            ),
         )
 
     def _prompt_features(self, classes: Sequence[str]) -> Tensor:
@@ -201,10 +205,10 @@ class PromptSRC(Tuner):
 
         def encode() -> Tensor:
             with untouched():
-                each = [
-                    self._encode(self.tokenized([fill(t, c) for c in self._classes])) for t in self._teacher_templates
-                ]
-                return F.normalize(torch.stack(each).mean(0), dim=-1)  # (templates, C, D) -> (C, D)
+                total: Any = 0.0
+                for template in self._teacher_templates:  # one after the other: (templates, C, D) would be gigabytes
+                    total = total + self._encode(self.tokenized([fill(template, c) for c in self._classes]))
+                return F.normalize(total / len(self._teacher_templates), dim=-1)  # (C, D)
 
         return self._cached("teacher", (), encode)
 
