@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from benchmarks import banks, growth, inference, many_classes, peers, report, scale, steps
+from benchmarks import banks, growth, inference, many_classes, peers, report, scale, steps, tuner_memory
 from benchmarks.harness import Result, Row, machine
 from benchmarks.setting import ROOT, SIZES, Setting
 
@@ -33,6 +33,7 @@ GROUPS: dict[str, tuple[str, Callable[[Setting, Path], Found]]] = {
     "inference": ("Inference", lambda s, f: inference.inference(s)),
     "text_features": ("Text features", lambda s, f: inference.text_features(s)),
     "many_classes": ("Many classes", lambda s, f: many_classes.many_classes(s)),
+    "tuner_memory": ("One CLIP in memory", lambda s, f: tuner_memory.tuner_memory(s)),
     "heads_file": ("The heads' file", lambda s, f: inference.heads_file(s)),
     "heads_by_classes": ("The heads' cost by the number of classes", growth.heads_by_classes),
     "lora_step": ("LoRA", lambda s, f: peers.lora_step(s)),

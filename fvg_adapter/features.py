@@ -6,56 +6,92 @@ A bank holds the features that `FVGModel` starts from, for K augmented views of 
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from fvg_adapter.bank_files import ROWS_PER_SHARD, Plan, is_bank, joined, read_plan, read_shards, write_shards
+from fvg_adapter.data.randomness import drawn_under, randomness_kept, seed_of
 from fvg_adapter.errors import FVGError
+from fvg_adapter.foreground import resolve_source
 from fvg_adapter.model import FVGModel
 from fvg_adapter.tuners.base import Tuner
-
-_SUFFIX = ".safetensors"
 
 
 class FeatureBank(Dataset[dict[str, Any]]):
     """Features of K views of N images; item i is one view, drawn by torch's generator, as `{"features", "labels"}`.
 
-    Attributes:
+    Made by `encode` or `load`. A bank that was loaded is mapped: rows are read from the disk when they are asked for,
+    and training needs no more of them in memory than a batch.
+
+    Args:
         features: "image" (N, K, D); where they exist "foreground" and "prior" (N, K, D), "image_new" (N, K, D) for
             tuners that change the images, "mask_area" (N, K), "usable" (N, K) bool, and "attention_in_mask" (N, K).
+            Or a list of such dictionaries, one a shard.
         labels: list of N class indices. classes: their names.
-        fingerprint: of what encoded them.
+        fingerprint: of what encoded them. settings: how foreground views were made.
     """
 
     def __init__(
-        self, features: dict[str, Tensor], labels: Sequence[int], classes: Sequence[str], fingerprint: str = ""
+        self,
+        features: dict[str, Tensor] | Sequence[dict[str, Tensor]],
+        labels: Sequence[int],
+        classes: Sequence[str],
+        fingerprint: str = "",
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.features = features
+        self._parts = [features] if isinstance(features, dict) else list(features)
+        self._starts = [0, *itertools.accumulate(len(part["image"]) for part in self._parts)]
         self.labels = [int(label) for label in labels]
         self.classes = list(classes)
         self.fingerprint = fingerprint
+        self.settings = dict(settings or {})
+
+    @property
+    def features(self) -> dict[str, Tensor]:
+        """All features by name; those of several shards are put together, in memory, the first time."""
+        if len(self._parts) > 1:
+            self._parts = [joined(self._parts)]
+            self._starts = [0, len(self)]
+        return self._parts[0]
 
     @property
     def views(self) -> int:
         """K, augmented views of each image."""
-        return int(self.features["image"].shape[1])
+        return int(self._parts[0]["image"].shape[1])
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         view = int(torch.randint(self.views, ())) if self.views > 1 else 0
-        return {"features": {k: v[index, view] for k, v in self.features.items()}, "labels": self.labels[index]}
+        shard = bisect.bisect_right(self._starts, index) - 1
+        row = index - self._starts[shard]
+        return {"features": {k: v[row, view] for k, v in self._parts[shard].items()}, "labels": self.labels[index]}
+
+    def batch(self, rows: Sequence[int], views: Sequence[int]) -> dict[str, Any]:
+        """Some images, one view each, as `model(**batch)` takes them."""
+        labels = torch.tensor([self.labels[i] for i in rows])
+        if len(self._parts) == 1:
+            at = torch.tensor([rows, views])
+            return {"features": {k: v[at[0], at[1]] for k, v in self._parts[0].items()}, "labels": labels}
+        found = []
+        for row, view in zip(rows, views, strict=True):
+            shard = bisect.bisect_right(self._starts, row) - 1
+            found.append({k: v[row - self._starts[shard], view] for k, v in self._parts[shard].items()})
+        return {"features": {k: torch.stack([f[k] for f in found]) for k in found[0]}, "labels": labels}
 
     def subset(
         self, indices: Sequence[int], new_labels: Sequence[int] | None = None, classes: Sequence[str] | None = None
@@ -63,9 +99,8 @@ class FeatureBank(Dataset[dict[str, Any]]):
         """A bank of some of the images, with renumbered labels where given."""
         rows = torch.as_tensor(list(indices), dtype=torch.long)
         labels = [self.labels[i] for i in indices] if new_labels is None else new_labels
-        return FeatureBank(
-            {k: v[rows] for k, v in self.features.items()}, labels, classes or self.classes, self.fingerprint
-        )
+        features = {k: v[rows] for k, v in self.features.items()}
+        return FeatureBank(features, labels, classes or self.classes, self.fingerprint, self.settings)
 
     def batches(self, batch_size: int = 1024, view: int = 0) -> list[tuple[dict[str, Tensor], Tensor]]:
         """(features, labels) in order, of one view; for evaluation."""
@@ -88,111 +123,199 @@ class FeatureBank(Dataset[dict[str, Any]]):
         seed: int = 0,
         workers: int = 0,
         measure: bool = False,
+        output: str | os.PathLike[str] | None = None,
+        dtype: torch.dtype = torch.float32,
+        rows_per_shard: int = ROWS_PER_SHARD,
         progress: Callable[[int, int], None] | None = None,
     ) -> FeatureBank:
         """Encodes whole images and foreground views of a data set.
 
+        With `output` features go to that folder, shard by shard: a call that was killed goes on where it was, and under
+        `accelerate launch` the processes share the shards. What comes out is the same, byte for byte, since a shard's
+        features depend on nothing but the shard.
+
         Args:
             model: an FVGModel, or a tuner (then masks come from the data set alone).
-            dataset: items {"pixel_values" (3, H, W), "labels", optionally "foreground_mask" (1, H, W)}.
+            dataset: items {"pixel_values" (3, H, W), "labels", optionally "foreground_mask" (1, H, W)}; with `output`
+                also `labels`, a list of the N class indices.
             views: K; a data set whose transform augments gives another view each time.
             batch_size: images at once. workers: of the DataLoader.
             seed: view k of image i depends on (seed, k, i) only, not on order, batch size or workers.
             measure: for `evaluate`: the data set's own masks alone, how much attention lies inside them, and every
                 feature of the foreground view.
-            progress: called with (encoded, total) after every batch.
+            output: folder to write; the bank that comes back is mapped from it. A whole bank that fits is only read.
+            dtype: of features on the disk, float32 or float16 (half the size; features of unit length keep 3 digits).
+            rows_per_shard: images in a file.
+            progress: called with (encoded, total) after every batch of this process.
 
         Raises:
-            FVGError: an empty data set, or views below 1.
+            FVGError: an empty data set, views below 1, or a folder that holds another bank.
         """
         if views < 1 or len(dataset) == 0:
             raise FVGError(
                 f"a bank needs at least one view of one image, but views is {views} and {len(dataset)} were given."
             )
+        if dtype not in (torch.float32, torch.float16) or rows_per_shard < 1:
+            raise FVGError(
+                f"dtype must be float32 or float16 and rows_per_shard at least 1, but are {dtype} and {rows_per_shard}."
+            )
         wrapped = model if isinstance(model, FVGModel) else FVGModel(model, foreground="given")
+        work = _Work(wrapped, dataset, views, batch_size, seed, workers, measure, progress)
         try:
-            device = wrapped.tuner.encoder.device
-            kept: list[list[dict[str, Tensor]]] = []
-            done, total = 0, views * len(dataset)
-            labels: list[int] = []
-            for k in range(views):
-                source = _View(dataset, seed, k)
-                parts = []
-                for batch in DataLoader(source, batch_size, num_workers=workers, collate_fn=_collate):
-                    parts.append({n: t.cpu() for n, t in _encode(wrapped, batch, device, measure).items()})
-                    if k == 0:
-                        labels += batch["labels"].tolist()
-                    done += len(batch["labels"])
-                    if progress is not None:
-                        progress(done, total)
-                kept.append(parts)
+            classes = list(getattr(dataset, "classes", wrapped.classes))
+            settings = _settings_of(wrapped, measure, _has_masks(dataset))
+            if output is None:
+                features, labels = work(range(len(dataset)))
+                return cls(features, labels, classes, fingerprint(wrapped), settings)
+            plan = Plan(
+                fingerprint(wrapped),
+                {**settings, "measure": measure},
+                str(getattr(dataset, "transform", "")),
+                seed,
+                views,
+                classes,
+                _labels_of(dataset),
+                str(dtype).removeprefix("torch."),
+                rows_per_shard,
+            )
+            rank, world, wait = _processes()
+            write_shards(Path(output), plan, lambda rows: work(rows)[0], rank=rank, world=world, wait=wait)
+            wait()
         finally:
             if wrapped is not model:
                 wrapped.release()
-        by_view = [{n: torch.cat([p[n] for p in parts]) for n in parts[0]} for parts in kept]
-        names = set.intersection(*(set(v) for v in by_view))
-        features = {n: torch.stack([v[n] for v in by_view], dim=1) for n in sorted(names)}
-        classes = list(getattr(dataset, "classes", wrapped.classes))
-        return cls(features, labels, classes, fingerprint(wrapped))
+        return cls.load(output, model)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes one safetensors file, whole or not at all; returns its path."""
-        target = Path(path)
-        target = target if target.suffix == _SUFFIX else target.with_name(target.name + _SUFFIX)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        meta = {
-            "format": "fvg_bank",
-            "version": "1",
-            "fingerprint": self.fingerprint,
-            "classes": json.dumps(self.classes),
-        }
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        tensors = {**self.features, "labels": torch.tensor(self.labels)}
-        try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=meta)
-            temporary.replace(target)
-        except (OSError, SafetensorError) as error:
-            raise FVGError(
-                f"could not save the bank to {target}: {error}. What was there before is unchanged."
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        return target
+    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> Path:
+        """Writes the bank into a folder (see `encode` for banks larger than memory); returns it.
+
+        Raises:
+            FVGError: the folder cannot be written, or is not empty.
+        """
+        folder = Path(path)
+        if is_bank(folder):
+            shutil.rmtree(folder)  # a bank is replaced by a bank
+        kind = str(dtype).removeprefix("torch.")
+        plan = Plan(
+            self.fingerprint, self.settings, "", 0, self.views, self.classes, self.labels, kind, max(1, len(self))
+        )
+        write_shards(folder, plan, lambda rows: self.features)
+        return folder
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: FVGModel | Tuner | None = None) -> FeatureBank:
-        """Reads a bank (memory-mapped); with a model, one that another model encoded is refused.
+        """Reads a bank (mapped from its files); with a model, one that another model encoded is refused.
 
         Raises:
-            FVGError: no bank, a truncated file, or features of another model.
+            FVGError: no bank, an unfinished or truncated one, or features of another model.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                meta = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open has no iterator)
-        except (OSError, SafetensorError) as error:
-            raise FVGError(f"{path} is no whole safetensors file: {error}; encode it again.") from error
-        if meta.get("format") != "fvg_bank" or "image" not in tensors or "labels" not in tensors:
-            raise FVGError(f"{path} is no bank written by FeatureBank.save.")
-        bank = cls(
-            {k: v for k, v in tensors.items() if k != "labels"},
-            tensors["labels"].tolist(),
-            json.loads(meta["classes"]),
-            meta.get("fingerprint", ""),
-        )
+        folder = Path(path)
+        plan = read_plan(folder)
+        bank = cls(read_shards(folder, plan), plan.labels, plan.classes, plan.fingerprint, plan.settings)
         if model is not None:
             bank.check(model)
         return bank
 
-    def check(self, model: FVGModel | Tuner) -> None:
-        """Raises FVGError where another CLIP, or another image-side tuning, encoded these features."""
+    def check(self, model: FVGModel | Tuner, *, training: bool = False) -> None:
+        """Raises FVGError where these features are not what the model would make of the images.
+
+        That is: another CLIP or another image-side tuning; for an FVGModel also another view outside the mask or
+        another mask threshold; in training also masks of another source, unless every image brought its own.
+        """
         expected = fingerprint(model)
         if self.fingerprint != expected:
             raise FVGError(
                 f"this bank was encoded by {self.fingerprint or 'an unknown model'}, but the model is {expected}; "
-                "encode it again "
-                "with FeatureBank.encode(model, …)."
+                "encode it again with FeatureBank.encode(model, …)."
             )
+        if not isinstance(model, FVGModel) or not self.settings or "foreground" not in self._parts[0]:
+            return
+        wanted = _settings_of(model, False, self.settings.get("masks") == "given")
+        names = [n for n in wanted if n != "masks" or (training and wanted[n] not in ("whole", self.settings.get(n)))]
+        other = [n for n in names if n in self.settings and self.settings[n] != wanted[n]]
+        if other:
+            said = ", ".join(f"{n} {self.settings[n]!r} (the model's: {wanted[n]!r})" for n in other)
+            raise FVGError(f"this bank was encoded with {said}; encode it again with FeatureBank.encode(model, …).")
+
+
+@dataclass
+class _Work:
+    """Encodes some rows of a data set."""
+
+    model: FVGModel
+    dataset: Any
+    views: int
+    batch_size: int
+    seed: int
+    workers: int
+    measure: bool
+    progress: Callable[[int, int], None] | None
+    done: int = 0
+
+    def __call__(self, rows: range) -> tuple[dict[str, Tensor], list[int]]:
+        """Features (n, K, …) by name, and labels, of these rows."""
+        device = self.model.tuner.encoder.device
+        kept: list[list[dict[str, Tensor]]] = []
+        labels: list[int] = []
+        for k in range(self.views):
+            parts = []
+            source = _View(self.dataset, self.seed, k, rows)
+            for batch in DataLoader(source, self.batch_size, num_workers=self.workers, collate_fn=_collate):
+                found = _encode(self.model, batch, device, self.measure)
+                parts.append({name: tensor.cpu() for name, tensor in found.items()})
+                if k == 0:
+                    labels += batch["labels"].tolist()
+                self.done += len(batch["labels"])
+                if self.progress is not None:
+                    self.progress(self.done, self.views * len(self.dataset))
+            kept.append(parts)
+        by_view = [{name: torch.cat([p[name] for p in parts]) for name in parts[0]} for parts in kept]
+        names = set.intersection(*(set(v) for v in by_view))
+        return {name: torch.stack([v[name] for v in by_view], dim=1) for name in sorted(names)}, labels
+
+
+def _settings_of(model: FVGModel, measure: bool, masks_given: bool) -> dict[str, Any]:
+    """What decides the foreground views, beside the model."""
+    config = model.config
+    source = "given" if masks_given or measure else resolve_source(model.foreground)
+    settings: dict[str, Any] = {
+        "masks": source,
+        "outside_mask": config.outside_mask,
+        "mask_threshold": config.mask_threshold,
+    }
+    if config.outside_mask == "black":
+        settings |= {"image_mean": list(config.image_mean), "image_std": list(config.image_std)}
+    if source == "attention":
+        settings |= {
+            "attention_layers": list(config.attention_layers),
+            "attention_threshold": config.attention_threshold,
+        }
+    return settings
+
+
+def _has_masks(dataset: Any) -> bool:
+    with randomness_kept(cuda=False):  # looking at a picture may draw an augmentation
+        return "foreground_mask" in dataset[0]
+
+
+def _labels_of(dataset: Any) -> list[int]:
+    labels = getattr(dataset, "labels", None)
+    if labels is None or len(labels) != len(dataset):
+        raise FVGError(
+            "a bank in files needs the labels before it looks at the images; give the data set an attribute `labels`, "
+            "a list of one class index an image."
+        )
+    return [int(label) for label in labels]
+
+
+def _processes() -> tuple[int, int, Callable[[], None]]:
+    """This process's rank, how many there are, and what waits for all of them."""
+    if "LOCAL_RANK" not in os.environ:
+        return 0, 1, lambda: None
+    from accelerate import PartialState
+
+    state = PartialState()
+    return state.process_index, state.num_processes, state.wait_for_everyone
 
 
 def fingerprint(model: FVGModel | Tuner) -> str:
@@ -208,18 +331,17 @@ def fingerprint(model: FVGModel | Tuner) -> str:
 
 
 class _View(Dataset[dict[str, Any]]):
-    """View k of a data set: item i depends on (seed, k, i) only."""
+    """View k of some rows of a data set: item i depends on (seed, k, i) only."""
 
-    def __init__(self, dataset: Any, seed: int, view: int) -> None:
-        self.dataset, self.seed, self.view = dataset, seed, view
+    def __init__(self, dataset: Any, seed: int, view: int, rows: range) -> None:
+        self.dataset, self.seed, self.view, self.rows = dataset, seed, view, rows
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        key = hashlib.sha256(f"{self.seed}/{self.view}/{index}".encode()).digest()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(key[:7], "big"))
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        index = self.rows[position]
+        with drawn_under(seed_of(self.seed, self.view, index)):
             item: dict[str, Any] = self.dataset[index]
             return item
 

@@ -111,12 +111,14 @@ class Split:
     """One seed's pictures.
 
     Attributes:
-        train: the few-shot pictures of the base classes.
+        train: the few-shot pictures of the base classes, as the heads see them.
         tests: (base, new) test sets by the name of the test split.
+        tune: the same pictures as the tuner sees them: cropped otherwise, where its recipe says so.
     """
 
     train: Any
     tests: dict[str, tuple[Any, Any]]
+    tune: Any
 
     @property
     def base_classes(self) -> list[str]:
@@ -133,6 +135,7 @@ def base_to_new_split(
     mean: Sequence[float],
     std: Sequence[float],
     crop_scale: tuple[float, float] = (0.08, 1.0),
+    tune_crop_scale: tuple[float, float] | None = None,
     test_splits: Sequence[str] = ("test",),
     masks: str = "optional",
 ) -> Split:
@@ -156,8 +159,12 @@ def base_to_new_split(
         if list(test.classes) != classes:
             raise FVGError(f"the splits 'train' and {name!r} of {data} differ in classes; give both a classes.txt.")
         tests[name] = (_only(test, base).drop_unreadable(), _only(test, new).drop_unreadable())
-    drawn = pool.subset(few_shot_indices(pool.labels, shots, seed=seed)[0])
-    return Split(_only(drawn, base).drop_unreadable(), tests)
+    shown = few_shot_indices(pool.labels, shots, seed=seed)[0]
+    train = tune = _only(pool.subset(shown), base).drop_unreadable()
+    if tune_crop_scale not in (None, crop_scale):
+        cropped = dataclasses.replace(augmented, scale=tune_crop_scale)
+        tune = _only(open_dataset(data, "train", masks=masks, transform=cropped).subset(shown), base).drop_unreadable()
+    return Split(train, tests, tune)
 
 
 def _only(dataset: Any, wanted: Sequence[int]) -> Any:
@@ -186,6 +193,7 @@ def base_to_new(
     heads: Stage | None = None,
     precision: str = "no",
     output: str | os.PathLike[str] | None = None,
+    bank: str | os.PathLike[str] | None = None,
     progress: Say | None = None,
 ) -> Results:
     """Tunes prompts, adds FVG-PT, scores everything on base, new and joint classes, for several seeds.
@@ -206,15 +214,19 @@ def base_to_new(
         tune, heads: recipes of the two stages; the published ones of this tuner by default.
         precision: "no", "bf16" or "fp16" autocast in training.
         output: a folder for results.json, the first seed's adapter and a picture.
+        bank: a folder that keeps the FeatureBanks; what is there and fits is not encoded again.
         progress: called with a line of text now and then.
 
     Raises:
-        FVGError: an unknown tuner, one without a recipe, data that cannot be split; nothing is written then.
+        FVGError: `bank` without views, or with a bank that does not fit; an unknown tuner, one without a recipe, data
+            that cannot be split; nothing is written then.
     """
     kind = tuner_named(tuner)
     recipe = recipe_for(kind.kind)
     if not seeds:
         raise FVGError("seeds is empty; give at least one, such as seeds=(1, 2, 3).")
+    if bank is not None and not views:
+        raise FVGError("a bank needs views: give views=4, or leave bank out to encode in the loop.")
     config = config or FVGConfig()
     run = _Run(
         clip=clip,
@@ -229,6 +241,7 @@ def base_to_new(
         controls=controls,
         ablation=ablation,
         precision=precision,
+        bank=None if bank is None else Path(bank),
         say=progress or _silent,
     )
     start = time.monotonic()
@@ -245,6 +258,7 @@ def base_to_new(
             mean=config.image_mean,
             std=config.image_std,
             crop_scale=run.heads.crop_scale,
+            tune_crop_scale=run.tune and run.tune.crop_scale,
             test_splits=(test_split, *also_test),
         )
         keep = folder if number == 0 else None
@@ -279,24 +293,32 @@ class _Run:
     controls: bool
     ablation: bool
     precision: str
+    bank: Path | None
     say: Say
     test_banks: Tests = field(default_factory=dict)
+    last: tuple[Any, Any] = (None, None)  # the pictures encoded last, and their bank
 
-    def banks(self, model: Tuner, split: Split) -> Tests:
+    def banks(self, model: Tuner, split: Split, seed: int) -> Tests:
         """Test banks by split; plain CLIP's serve every tuner that leaves the images alone, for all seeds."""
         if model.changes_images:
-            return _measured(model, split)
+            return self._measured(model, split, f"{model.kind}-seed{seed}-")
         if not self.test_banks:
             self.say("encoding test pictures")
-            self.test_banks = _measured(model, split)
+            self.test_banks = self._measured(model, split, "")
         return self.test_banks
 
+    def _measured(self, model: Tuner, split: Split, prefix: str) -> Tests:
+        def encoded(pictures: Any, name: str) -> FeatureBank:
+            return FeatureBank.encode(model, pictures, measure=True, output=self.folder(f"{prefix}{name}"))
 
-def _measured(model: Tuner, split: Split) -> Tests:
-    return {
-        name: (FeatureBank.encode(model, base, measure=True), FeatureBank.encode(model, new, measure=True))
-        for name, (base, new) in split.tests.items()
-    }
+        return {
+            name: (encoded(base, f"{name}-base"), encoded(new, f"{name}-new"))
+            for name, (base, new) in split.tests.items()
+        }
+
+    def folder(self, name: str) -> Path | None:
+        """Where a bank is kept, if it is."""
+        return None if self.bank is None else self.bank / name
 
 
 def _score(
@@ -310,7 +332,7 @@ def _score(
 def _one_seed(run: _Run, split: Split, seed: int, results: Results, folder: Path | None) -> None:
     plain = ZeroShot(run.clip, run.tokenizer, split.base_classes, template=run.options["template"])
     try:
-        _score(results, "clip", plain, run.banks(plain, split))
+        _score(results, "clip", plain, run.banks(plain, split, seed))
     finally:
         plain.detach()
 
@@ -318,16 +340,16 @@ def _one_seed(run: _Run, split: Split, seed: int, results: Results, folder: Path
     tuner = run.tuner(run.clip, run.tokenizer, split.base_classes, **run.options)
     kind = tuner.kind
     try:
-        bank = _train_bank(run, tuner, split.train, seed) if run.views and not tuner.changes_images else None
         if run.tune is not None:
             run.say(f"seed {seed}: tuning {kind}")
-            fit(tuner, split.train if bank is None else bank, recipe=run.tune, seed=seed, precision=run.precision)
-        tests = run.banks(tuner, split)
+            stored = run.views and not tuner.changes_images
+            shown = _train_bank(run, tuner, split.tune, seed, "tune") if stored else split.tune
+            fit(tuner, shown, recipe=run.tune, seed=seed, precision=run.precision)
+        tests = run.banks(tuner, split, seed)
         if run.tune is not None:
             _score(results, kind, tuner, tests)
 
-        bank = bank or (_train_bank(run, tuner, split.train, seed) if run.views else None)
-        data = split.train if bank is None else bank
+        data = _train_bank(run, tuner, split.train, seed, "train") if run.views else split.train
         model = train_heads(run, tuner, data, seed, run.config, run.foreground)
         _score(results, f"{kind}+fvg", model, tests)
         if folder is not None:
@@ -354,7 +376,7 @@ def _controls(
     settings = [("x_fg=x", data, run.config, "whole"), ("lambda_d=0", data, no_distillation, run.foreground)]
     if "foreground_mask" in split.train[0]:
         others = OtherMasks(split.train, seed)
-        shuffled = _train_bank(run, tuner, others, seed) if isinstance(data, FeatureBank) else others
+        shuffled = _train_bank(run, tuner, others, seed, "shuffled") if isinstance(data, FeatureBank) else others
         settings.append(("shuffled masks", shuffled, run.config, "given"))
     for name, source, config, foreground in settings:
         model = train_heads(run, tuner, source, seed, config, foreground)
@@ -388,12 +410,17 @@ def train_heads(run: _Run, tuner: Tuner, data: Any, seed: int, config: FVGConfig
     return model
 
 
-def _train_bank(run: _Run, tuner: Tuner, pictures: Any, seed: int) -> FeatureBank:
-    """K augmented views of the training pictures, with their foreground."""
+def _train_bank(run: _Run, tuner: Tuner, pictures: Any, seed: int, name: str) -> FeatureBank:
+    """K augmented views of the training pictures, with their foreground; encoded once for both stages."""
+    if pictures is run.last[0] and not tuner.changes_images:
+        return run.last[1]
     run.say(f"seed {seed}: encoding {run.views} views of {len(pictures)} pictures")
     model = FVGModel(tuner, dataclasses.replace(run.config), foreground=run.foreground)
     try:
-        return FeatureBank.encode(model, pictures, views=run.views, seed=seed)
+        kind = f"{tuner.kind}-" if tuner.changes_images else ""
+        output = run.folder(f"{kind}{name}-seed{seed}")
+        run.last = pictures, FeatureBank.encode(model, pictures, views=run.views, seed=seed, output=output)
+        return run.last[1]
     finally:
         model.release()
 

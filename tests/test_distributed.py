@@ -19,6 +19,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 import fvg_adapter
 from conftest import GOLDEN, small_config
+from fvg_adapter import FeatureBank
 from fvg_adapter.train import fit
 from fvg_adapter.tuners import MMRL, CoOp, ZeroShot
 from fvg_adapter.tuners.recipes import Stage
@@ -93,6 +94,15 @@ def prompts_in_chunks(recipe: Stage, folder: Path) -> Any:
     return tuner
 
 
+def encoded_then_trained(recipe: Stage, folder: Path) -> Any:
+    clip, tokenizer = base()
+    torch.manual_seed(3)
+    model = wrap(ZeroShot(clip, tokenizer, NAMES), foreground="given")
+    bank = FeatureBank.encode(model, Pictures(13, noise=0.3), views=2, output=folder, rows_per_shard=3)
+    fit(model, bank, recipe=recipe)
+    return model
+
+
 CASES: dict[str, Callable[[Stage, Path], Any]] = {
     f.__name__: f
     for f in (
@@ -103,6 +113,7 @@ CASES: dict[str, Callable[[Stage, Path], Any]] = {
         twice,
         prompts_then_heads,
         prompts_in_chunks,
+        encoded_then_trained,
     )
 }
 
@@ -146,6 +157,15 @@ def test_one_of_two_processes_writes_checkpoints(two_processes: Path) -> None:
     assert found == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
     saved = load_file(two_processes / "with_masks" / "checkpoint-9" / "model.safetensors")
     assert distance(saved, load_file(two_processes / "with_masks-0.safetensors")) == 0.0
+
+
+def test_two_processes_write_the_bank_of_one(two_processes: Path, tmp_path: Path) -> None:
+    encoded_then_trained(changed(RECIPE, batch_size=2 * BATCH), tmp_path)
+    ours, alone = (
+        {f.name: f.read_bytes() for f in folder.iterdir()}
+        for folder in (two_processes / "encoded_then_trained", tmp_path)
+    )
+    assert ours == alone and len(alone) == 5 + 2
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +10,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from transformers import CLIPModel
 
-from conftest import CLASSES, NEW_CLASSES, small_config
+from conftest import CLASSES, NEW_CLASSES
 from fvg_adapter import FeatureBank, FVGModel, evaluate, wrap
 from fvg_adapter.data.controls import OtherMasks
 from fvg_adapter.errors import FVGError
 from fvg_adapter.features import attention_in_mask
 from fvg_adapter.losses import kl_divergence, log_probs
-from fvg_adapter.tuners import CoOp, ZeroShot
+from fvg_adapter.tuners import CoOp
 
 
 class Pictures(Dataset[dict[str, Any]]):
@@ -102,22 +101,6 @@ def test_other_masks_change_the_foreground_only(model: FVGModel) -> None:
     own, others = (FeatureBank.encode(model, d, views=2, seed=3) for d in (pictures, shuffled))
     close(own.features["image"], others.features["image"])
     assert (own.features["foreground"] - others.features["foreground"]).abs().max() > 1e-3
-
-
-def test_banks_are_saved_whole_and_stale_ones_refused(model: FVGModel, tokenizer: Any, tmp_path: Path) -> None:
-    bank = FeatureBank.encode(model, Pictures(CLASSES), views=2)
-    path = bank.save(tmp_path / "bank")
-    loaded = FeatureBank.load(path, model)
-    assert loaded.labels == bank.labels and loaded.classes == bank.classes
-    assert all(torch.equal(loaded.features[k], v) for k, v in bank.features.items())
-    other = ZeroShot(CLIPModel(small_config()), tokenizer, CLASSES)
-    with pytest.raises(FVGError, match="encoded by clip:"):
-        FeatureBank.load(path, other)
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(FVGError, match="no whole safetensors file"):
-        FeatureBank.load(path)
-    with pytest.raises(FVGError, match="views is 0"):
-        FeatureBank.encode(model, Pictures(CLASSES), views=0)
 
 
 def test_encoding_leaves_a_tuner_as_found(model: FVGModel) -> None:

@@ -129,6 +129,21 @@ def variants_table(record: Mapping[str, Mapping[str, Mapping[str, Sequence[float
     return lines
 
 
+def trust_table(record: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> list[str]:
+    """{task: {source of masks: {figure: [a value a seed]}}}, averaged over tasks and seeds; empty where not asked."""
+    first = next(iter(record.values()))
+    columns = list(dict.fromkeys(name for figures in first.values() for name in figures))
+    lines = header("masks", columns)
+    for source in first:
+        cells = []
+        for name in columns:
+            values = [v for task in record.values() for v in task[source].get(name, [])]
+            percent = name in ("base", "new", "hm", "joint_hm")
+            cells.append(f"{statistics.fmean(values):{'.1f' if percent else '.2f'}}" if values else "")
+        lines.append(line(source, cells))
+    return lines
+
+
 def preconditions_table(average: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Accuracy of CLIP, a linear probe and CoOp by test set: how much each leans on the backgrounds."""
     columns = list(next(iter(average.values())))

@@ -110,6 +110,14 @@ def train_and_compare(
         Path | None,
         typer.Option(metavar="DIR", help="Folder for results.json, the adapter and a picture.", rich_help_panel=_RUN),
     ] = None,
+    bank: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder that keeps encoded features; the next run starts from them.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     precision: Annotated[str, typer.Option(help="no, bf16 or fp16 autocast.", rich_help_panel=_RUN)] = "no",
     device: Device = None,
     threads: Threads = None,
@@ -196,6 +204,7 @@ def train_and_compare(
         heads=heads,
         precision=precision,
         output=output,
+        bank=bank,
         progress=tell,
     )
     if as_json:

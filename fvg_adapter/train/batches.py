@@ -5,17 +5,14 @@ Not on the number of processes or workers, nor on a resume. Imports data.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from fvg_adapter.data import collate
+from fvg_adapter.data.randomness import drawn_under, seed_of
 from fvg_adapter.errors import FVGError
 
 Key = tuple[int, int]
@@ -60,11 +57,19 @@ class Batches(Sampler[list[Key]]):
         return self.steps * self.accumulate
 
     def __iter__(self) -> Iterator[list[Key]]:
-        generator = torch.Generator().manual_seed(_seed_of(self.seed, "order", self.epoch))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", self.epoch))
         order = torch.randperm(self.size, generator=generator).tolist()
         for batch in range(len(self)):
             first = (batch * self.world + self.rank) * self.batch_size
             yield [(self.epoch, index) for index in order[first : first + self.batch_size]]
+
+
+def drawn_view(seed: int, epoch: int, index: int, views: int) -> int:
+    """Which of a bank's K views of a picture an epoch sees: what the bank draws under the picture's own seed."""
+    if views < 2:
+        return 0
+    generator = torch.Generator().manual_seed(seed_of(seed, "picture", epoch, index))
+    return int(torch.randint(views, (), generator=generator))
 
 
 class Drawn(Dataset[dict[str, Any]]):
@@ -78,11 +83,7 @@ class Drawn(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
-        with randomness_kept(cuda=False):
-            drawn = _seed_of(self.seed, "picture", epoch, index)
-            random.seed(drawn)
-            np.random.seed(drawn % 2**32)
-            torch.default_generator.manual_seed(drawn)
+        with drawn_under(seed_of(self.seed, "picture", epoch, index)):
             item: dict[str, Any] = self.dataset[index]
             return item
 
@@ -107,23 +108,3 @@ class Loader(DataLoader[dict[str, Any]]):
         """Which epoch the next iteration is of."""
         assert isinstance(self.batch_sampler, Batches)
         self.batch_sampler.set_epoch(epoch)
-
-
-def _seed_of(*parts: object) -> int:
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
-
-
-@contextlib.contextmanager
-def randomness_kept(cuda: bool = True) -> Iterator[None]:
-    """Puts the global generators of Python, numpy and torch back behind the block."""
-    on_gpu = torch.cuda.get_rng_state_all() if cuda and torch.cuda.is_available() else []
-    found = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(found[0])
-        np.random.set_state(found[1])
-        torch.set_rng_state(found[2])
-        if on_gpu:
-            torch.cuda.set_rng_state_all(on_gpu)

@@ -20,10 +20,13 @@ from typing import Any
 
 import torch
 
+from fvg_adapter.data.randomness import randomness_kept
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.features import FeatureBank
 from fvg_adapter.model import FVGModel
-from fvg_adapter.train.batches import Batches, Collate, Drawn, Loader, randomness_kept
+from fvg_adapter.train.banked import train_from_bank
+from fvg_adapter.train.bars import step_bar
+from fvg_adapter.train.batches import Batches, Collate, Drawn, Loader
 from fvg_adapter.train.checkpoints import checkpoint_for, last_checkpoint, load_average
 from fvg_adapter.tuners.averaging import GaussianAverage
 from fvg_adapter.tuners.base import Tuner
@@ -112,6 +115,10 @@ def fit(
         if output_dir is not None and Path(output_dir).exists() and not Path(output_dir).is_dir():
             raise FVGError(f"{output_dir} is a file; give a folder for the checkpoints.")
         found = checkpoint_for(resume, output_dir, model)
+        simple = isinstance(dataset, FeatureBank) and output_dir is None and not report_to
+        if simple and precision == "no" and accumulate == 1 and "LOCAL_RANK" not in os.environ:
+            bank: FeatureBank = dataset
+            return _fit_from_bank(model, bank, recipe, seed, place, on_epoch, start, progress)
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(_left_as_found(model, precision))
         from fvg_adapter.train import trainer as machinery
@@ -157,6 +164,54 @@ def fit(
         steps=int(trainer.state.global_step),
         seconds=time.monotonic() - start,
         checkpoint=None if output_dir is None else last_checkpoint(folder),
+    )
+
+
+def _fit_from_bank(
+    model: Model,
+    bank: FeatureBank,
+    recipe: Stage,
+    seed: int,
+    place: torch.device,
+    on_epoch: Callable[[int, Any], None] | None,
+    start: float,
+    progress: bool | None,
+) -> FitResult:
+    """The plain loop of `banked`: what the Trainer would do, bit for bit."""
+    batches = Batches(len(bank), recipe.batch_size, accumulate=1, world=1, rank=0, seed=seed)
+    average = _average(model, recipe.epochs, None)
+
+    def each_epoch(done: int) -> None:
+        if average is not None:
+            average.update(model, done)
+            if done == recipe.epochs:
+                average.apply(model)
+        if on_epoch is not None:
+            on_epoch(done, model)
+
+    model.to(place)
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.eval)
+        show = None
+        if sys.stderr.isatty() if progress is None else progress:
+            show = stack.enter_context(step_bar(recipe.epochs * batches.steps))
+        torch.manual_seed(seed)
+        rows = train_from_bank(
+            model,
+            bank,
+            recipe,
+            batches,
+            seed,
+            place,
+            each_epoch=each_epoch,
+            each_step=show and (lambda n: show(completed=n)),
+        )
+    return FitResult(
+        losses=[row["loss"] for row in rows],
+        terms=[{k: v for k, v in row.items() if k not in ("", "loss", "learning_rate")} for row in rows],
+        learning_rates=[row["learning_rate"] for row in rows],
+        steps=recipe.epochs * batches.steps,
+        seconds=time.monotonic() - start,
     )
 
 
@@ -214,7 +269,7 @@ def _check_data(model: Model, dataset: Any) -> frozenset[str]:
             "as the model does: dataset.subset(indices, new_labels, classes)."
         )
     if isinstance(dataset, FeatureBank):
-        dataset.check(model)
+        dataset.check(model, training=True)
     item = dataset[0]
     keys = set(item) if isinstance(item, Mapping) else set()
     if "labels" not in keys or not keys & {"pixel_values", "features"}:

@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fvg_adapter.errors import FVGError
+from fvg_adapter.train.banked import not_finite
+from fvg_adapter.train.bars import step_bar
 from fvg_adapter.train.batches import Batches, Loader
 from fvg_adapter.train.checkpoints import checkpoint_folder, save_average
 from fvg_adapter.tuners.averaging import GaussianAverage
@@ -131,7 +133,7 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         """The model's own loss; one that is not finite is an error before it can reach the parameters."""
         output = model(**inputs)
         if not bool(torch.isfinite(output.loss)):
-            raise FVGError(self._not_finite(output))
+            raise FVGError(not_finite(output, self.state.global_step + 1, self.optimizer.param_groups[0]["lr"]))
         for name, value in {"": output.loss, **(output.losses or {})}.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
         self._batches += 1
@@ -159,15 +161,6 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
             shutil.rmtree(folder, ignore_errors=True)  # nothing half-written to resume from
             raise FVGError(f"the checkpoint {folder} could not be written: {error}.") from error
 
-    def _not_finite(self, output: Any) -> str:
-        terms = ", ".join(f"{name} {float(value):.4g}" for name, value in (output.losses or {}).items())
-        rate = self.optimizer.param_groups[0]["lr"]
-        return (
-            f"the loss is {float(output.loss.detach())} at step {self.state.global_step + 1} "
-            f"({terms or 'no terms'}; learning rate {rate:.3g}). Lower the learning rate, check that the images are "
-            "finite and normalised, or train without fp16. The parameters are those of the step before."
-        )
-
 
 class Bar(TrainerCallback):  # type: ignore[misc]
     """Moves a bar on."""
@@ -188,9 +181,5 @@ class Bar(TrainerCallback):  # type: ignore[misc]
 @contextlib.contextmanager
 def bar(steps: int) -> Iterator[Bar]:
     """A bar on stderr that is gone when the training is."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("epoch 0", total=steps)
-        yield Bar(lambda **changes: progress.update(task, **changes))
+    with step_bar(steps) as show:
+        yield Bar(show)

@@ -24,7 +24,7 @@ from fvg_adapter.modes import Hold, full_precision, keep_full_precision
 from fvg_adapter.storage import TUNER_FILE, Pretrained, load_own, own_tensors_only
 from fvg_adapter.towers import DualEncoder
 from fvg_adapter.tuners.adapters import adapter_layers, adapter_state, adapts_images, without_adapter
-from fvg_adapter.tuners.cache import TextCache, remembered
+from fvg_adapter.tuners.cache import TextCache, parameters_of, remembered
 from fvg_adapter.tuners.encoding import encode_in_passes
 from fvg_adapter.tuners.passes import own_pass, untouched
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Prompts, check_classes, check_template, fill, tokenize
@@ -298,10 +298,11 @@ class Tuner(nn.Module, Pretrained):
 
     def _own_text_state(self) -> Iterable[Tensor]:
         """The tuner's own tensors that text features depend on; the cache is bypassed while one needs a gradient."""
-        return [p for name, p in self.named_parameters() if not name.startswith("clip.")]
+        others = [module for name, module in self.named_children() if name != "clip"]
+        return [*self.parameters(recurse=False), *(p for module in others for p in module.parameters())]
 
     def _cached(self, what: str, own: Iterable[Tensor], compute: Callable[[], Tensor]) -> Tensor:
-        tower = self.encoder.text.parameters() if self.encoder.has_text else ()
+        tower = parameters_of(self.encoder.text) if self.encoder.has_text else ()
         context = (what, self._classes, self.template, self._adapters())
         return self._text_cache.get(context, [*own, *tower, *self._text_projection()], compute)
 

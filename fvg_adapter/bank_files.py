@@ -1,0 +1,211 @@
+"""Banks of features on disk: safetensors shards beside an index, written whole or not at all, mapped when read.
+
+    BANK/plan.json               what is being encoded; written first, so that an unfinished bank can go on
+    BANK/00000.safetensors …     ROWS_PER_SHARD images each, all views: name -> (rows, K, …)
+    BANK/index.json              the plan again, written last: with it the bank is whole
+
+Imports nothing of this package but errors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fvg_adapter.errors import FVGError
+
+FORMAT, VERSION = "fvg_bank", 2
+PLAN, INDEX = "plan.json", "index.json"
+ROWS_PER_SHARD = 4096
+"""Images in a shard: 100 MB for four views of whole and foreground at width 512."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a bank holds and what its features depend on.
+
+    Attributes:
+        fingerprint: of the CLIP, and of the tuner where it changes the images.
+        settings: how foreground views were made.
+        transform: of the pictures, in words. seed: of the views. views: K.
+        classes, labels: names, and an index for each image.
+        dtype: of the stored features. rows: images in a shard.
+    """
+
+    fingerprint: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    transform: str = ""
+    seed: int = 0
+    views: int = 1
+    classes: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    dtype: str = "float32"
+    rows: int = ROWS_PER_SHARD
+
+    @property
+    def shards(self) -> list[range]:
+        """The images of each shard."""
+        starts = range(0, len(self.labels), self.rows)
+        return [range(start, min(start + self.rows, len(self.labels))) for start in starts]
+
+    def differs(self, other: Plan) -> list[str]:
+        """What is not the same, in words."""
+        said = []
+        for name in (f.name for f in fields(self)):
+            mine, its = getattr(self, name), getattr(other, name)
+            if mine != its:
+                long = name in ("labels", "classes")
+                said.append(f"{name} ({len(mine)} and {len(its)} of them)" if long else f"{name} ({mine!r}, {its!r})")
+        return said
+
+
+def shard_file(folder: Path, number: int) -> Path:
+    """Where a shard lies."""
+    return folder / f"{number:05d}.safetensors"
+
+
+def write_shards(
+    folder: Path,
+    plan: Plan,
+    encode: Callable[[range], Mapping[str, Tensor]],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> None:
+    """Encodes and writes this process's shards (every `world`th), passing over those that are there; then the index.
+
+    Raises:
+        FVGError: the folder holds another bank, or cannot be written; whole shards stay.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            _begin(folder, plan)
+        wait()
+        for number, rows in enumerate(plan.shards):
+            target = shard_file(folder, number)
+            if number % world == rank and not _whole(target, len(rows)):
+                save_whole({k: _stored(v, plan.dtype) for k, v in encode(rows).items()}, target)
+        wait()
+        if rank == 0:
+            _write_json(folder / INDEX, plan)
+    except (OSError, SafetensorError) as error:
+        raise FVGError(
+            f"could not write the bank {folder}: {error}. Whole shards stay; the same call goes on."
+        ) from error
+
+
+def _begin(folder: Path, plan: Plan) -> None:
+    if (folder / PLAN).exists():
+        differs = read_plan(folder, PLAN).differs(plan)
+        if differs:
+            raise FVGError(
+                f"{folder} holds another bank: it differs in {'; '.join(differs[:4])}. Delete it or choose another."
+            )
+        return
+    if any(folder.iterdir()):
+        raise FVGError(f"{folder} is not empty and holds no bank; give a folder of its own.")
+    _write_json(folder / PLAN, plan)
+
+
+def _stored(tensor: Tensor, dtype: str) -> Tensor:
+    keep = tensor.dim() < 3 or not tensor.is_floating_point()  # areas and flags stay as they are
+    return (tensor if keep else tensor.to(getattr(torch, dtype))).contiguous()
+
+
+def _whole(file: Path, rows: int) -> bool:
+    try:
+        with safe_open(file, "pt") as opened:
+            return all(opened.get_slice(name).get_shape()[0] == rows for name in opened.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False
+
+
+def save_whole(tensors: dict[str, Tensor], target: Path) -> None:
+    """One safetensors file, which replaces the target when it is complete."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_json(target: Path, plan: Plan) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    record = {"format": FORMAT, "version": VERSION, **asdict(plan)}
+    temporary.write_text(json.dumps(record, ensure_ascii=False) + "\n", "utf-8")
+    temporary.replace(target)
+
+
+def is_bank(folder: Path) -> bool:
+    """Whether a whole bank lies there."""
+    return (folder / INDEX).is_file()
+
+
+def read_plan(folder: Path, name: str = INDEX) -> Plan:
+    """What a bank says of itself.
+
+    Raises:
+        FVGError: no bank, an unfinished one, a newer format, or an index that was edited.
+    """
+    file = folder / name
+    if not file.is_file():
+        if (folder / PLAN).is_file():
+            raise FVGError(f"the bank {folder} is not finished; run the same encoding again, it goes on where it was.")
+        raise FVGError(f"{folder} is no bank written by FeatureBank; it has no {INDEX}.")
+    try:
+        record = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FVGError(f"{file} cannot be read as JSON: {error}; encode the bank again.") from error
+    if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
+        raise FVGError(f"{file} is no index of a bank written by FeatureBank.")
+    if record.pop("version", None) != VERSION:
+        raise FVGError(f"the bank {folder} has another format version than {VERSION}; encode it again.")
+    try:
+        plan = Plan(**record)
+        whole = isinstance(plan.rows, int) and plan.rows > 0 and all(isinstance(label, int) for label in plan.labels)
+    except TypeError as error:
+        raise FVGError(f"{file} does not hold what an index holds ({error}); encode the bank again.") from error
+    if not whole:
+        raise FVGError(f"{file} has labels or rows that are no whole numbers; encode the bank again.")
+    return plan
+
+
+def read_shards(folder: Path, plan: Plan) -> list[dict[str, Tensor]]:
+    """The shards' tensors, mapped: rows come from the disk when they are asked for.
+
+    Raises:
+        FVGError: a shard that is missing, truncated, or of another size.
+    """
+    parts = []
+    for number, rows in enumerate(plan.shards):
+        file = shard_file(folder, number)
+        try:
+            with safe_open(file, "pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise FVGError(f"{file} is no whole safetensors file: {error}; encode the bank again.") from error
+        shapes = {name: tuple(t.shape[:2]) for name, t in tensors.items()}
+        if "image" not in tensors or set(shapes.values()) != {(len(rows), plan.views)}:
+            raise FVGError(f"{file} holds {shapes}, but the index says {len(rows)} images in {plan.views} views.")
+        parts.append(tensors)
+    return parts
+
+
+def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Shards as one; a single one stays mapped."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    names = set.intersection(*(set(part) for part in parts))
+    return {name: torch.cat([part[name] for part in parts]) for name in sorted(names)}
