@@ -68,7 +68,8 @@ def test_chunks_give_the_gradients_of_one_pass(
     expected = step(tuner, pixels)
     tuner.text_memory = graph // 4
     parts, small = graph_of(lambda: tuner._text(tuner.classes), small_clip)
-    assert small < 0.35 * graph
+    assert small < 0.6 * graph  # beside the layers' inputs, which no hook sees
+    assert not any("_gradient_checkpointing_func" in m.__dict__ or m.training for m in small_clip.text_model.modules())
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
     same(step(tuner, pixels), expected)
 
