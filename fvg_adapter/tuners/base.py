@@ -74,9 +74,9 @@ class Tuner(nn.Module, Pretrained):
     """Whether `image_features` differs from the plain CLIP's; where not, one pass serves both."""
     text_memory: int | None = 2**30
     """Bytes that the graph of the prompts may take in training. Beyond them (some 300 short class names behind a
-    ViT-B/16) prompts are encoded in chunks that are computed again in backward: the same gradients, a third more time
-    for the text tower, a fixed amount of memory. Settable on a tuner; None: never. The user's own gradient
-    checkpointing of the text tower goes first."""
+    ViT-B/16) prompts are encoded in chunks whose layers are computed again in backward: the same gradients, some third
+    more time for the text tower, a tenth of the memory and a fixed part. Settable on a tuner; None: never. The user's
+    own gradient checkpointing of the text tower goes first."""
 
     def __init__(
         self,
