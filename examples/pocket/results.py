@@ -46,9 +46,9 @@ with true masks, beside the mean entropy, since a flatter softmax lowers it for 
 differences are over tasks (seeds averaged): mean ± standard deviation over tasks (tasks above 0, exact two-sided
 sign-flip p; with three tasks p cannot fall below 0.25)."""
 TRUST = f"""\
-Tasks {', '.join(THREE)}; `python -m examples.pocket.trust`. No mask is spoiled here but as said. IoU is that of the masks
-with the true ones; r is asked for every training picture after training; AUROC of r for right against wrong masks, beside
-what the gate's own target r* would give (wrong: shuffled on purpose, or an IoU below 0.5)."""
+Tasks {", ".join(THREE)}; `python -m examples.pocket.trust`. No mask is spoiled here but as said. IoU is that of the
+masks with the true ones; r is asked for every training picture after training; AUROC of r for right against wrong
+masks, beside what the gate's own target r* would give (wrong: shuffled on purpose, or an IoU below 0.5)."""
 COOP_DIFFERENCES = [
     ("tuning prompts: CoOp − CLIP", "coop", "clip"),
     ("FVG-PT − CoOp", "coop+fvg", "coop"),
@@ -124,6 +124,14 @@ def page(output: Path, seeds: Sequence[int]) -> str:
     if (output / "trust.json").exists():
         parts += ["## What becomes of good and of bad masks (CoOp + FVG-PT, random backgrounds)", "", TRUST, ""]
         parts += [*tables.trust_table(tables.read(output / "trust.json")), ""]
+    if (output / "loop_or_bank.json").exists():
+        record = tables.read(output / "loop_or_bank.json")
+        parts += [f"## Heads from a bank of four views, and in the loop ({', '.join(record)})", ""]
+        parts += [
+            "Behind the same tuned CoOp; `python -m examples.pocket.loop_or_bank`. Seconds include the encoding.",
+            "",
+        ]
+        parts += [*tables.ways_table(record), ""]
     parts += [(HERE / "results_remarks.md").read_text(encoding="utf-8").rstrip(), ""]
     parts += ["## The ablation on CoOp", ""]
     for split in SPLITS:

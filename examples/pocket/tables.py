@@ -144,6 +144,17 @@ def trust_table(record: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]
     return lines
 
 
+def ways_table(record: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> list[str]:
+    """{task: {way: {figure: [a value a seed]}}}: mean and standard deviation over seeds of the average over tasks."""
+    first = next(iter(record.values()))
+    columns = list(next(iter(first.values())))
+    lines = header("", columns)
+    for way in first:
+        pairs = [average({task: record[task][way][name] for task in record}) for name in columns]
+        lines.append(line(way, [f"{mean:.1f} ± {spread:.1f}" for mean, spread in pairs]))
+    return lines
+
+
 def preconditions_table(average: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Accuracy of CLIP, a linear probe and CoOp by test set: how much each leans on the backgrounds."""
     columns = list(next(iter(average.values())))
