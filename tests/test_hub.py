@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hub_server import TOKEN, LoopbackHub, serving
@@ -108,6 +109,14 @@ def publish(folder: Path) -> tuple[Report, dict[str, Tensor]]:
     lora.push_to_hub("me/lora")
     found |= {"x": logits(model), "x-new": logits(model, NEW_CLASSES), "prompts": logits(tuner), "warm": logits(other)}
     found |= {"secret": logits(secret), "lora": logits(lora)}
+    clip, tokenizer = own_base("me/clip")
+    theirs = peft.get_peft_model(clip, peft.LoraConfig(r=3, target_modules=r".*(q_proj|v_proj)"))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(0.02)
+    theirs.push_to_hub("me/peft")  # not by this package
+    found["peft"] = logits(LoRA(theirs, tokenizer, CLASSES))
 
     shutil.copytree(GOLDEN / "model", folder / "clip")
     shutil.copytree(GOLDEN / "tokenizer", folder / "clip", dirs_exist_ok=True)
@@ -156,6 +165,8 @@ def collect(folder: Path) -> tuple[Report, dict[str, Tensor]]:
     for revision in ("warm", "refs/pr/1"):
         found[revision] = logits(CoOp.from_pretrained("me/prompts", clip, tokenizer, revision=revision))
     found["lora"] = logits(load("me/lora"))
+    plain = load("me/lora").detach()  # the base model of the commit that was tuned; its repository has moved on
+    found["peft"] = logits(LoRA(peft.PeftModel.from_pretrained(plain, "me/peft"), tokenizer, CLASSES))
     found["secret"] = logits(load("me/secret", token=TOKEN))
     found["elsewhere"] = logits(load("me/x", cache_dir=folder / "elsewhere"))
     report: Report = {"elsewhere": sorted(path.name for path in (folder / "elsewhere").glob("models--*"))}
@@ -312,7 +323,14 @@ def test_the_base_model_is_recorded_by_id_and_commit(hub: LoopbackHub, published
 
 
 PAIRS = [("x", "x"), ("x-new", "x-new"), ("given", "x"), ("regular", "x"), ("forced", "x"), ("elsewhere", "x")]
-PAIRS += [("prompts", "prompts"), ("warm", "warm"), ("refs/pr/1", "warm"), ("lora", "lora"), ("secret", "secret")]
+PAIRS += [
+    ("prompts", "prompts"),
+    ("warm", "warm"),
+    ("refs/pr/1", "warm"),
+    ("lora", "lora"),
+    ("secret", "secret"),
+    ("peft", "peft"),
+]
 
 
 @pytest.mark.parametrize(("name", "origin"), PAIRS)

@@ -86,9 +86,13 @@ class ZeroShot(Tuner):
 
     def _given_features(self) -> Tensor:
         assert self._given is not None
-        order = list(self._given)
-        rows = [order.index(c) for c in self.classes]
-        return F.normalize(full_precision(self.get_buffer("class_features")[rows]), dim=-1)
+        features = self.get_buffer("class_features")
+
+        def chosen() -> Tensor:
+            order = {name: row for row, name in enumerate(self._given or ())}
+            return F.normalize(full_precision(features[[order[c] for c in self.classes]]), dim=-1)
+
+        return self._text_cache.get(("given", self._classes), [features], chosen)
 
 
 def _check_given(classes: Mapping[str, Tensor], encoder: DualEncoder) -> dict[str, Tensor]:
