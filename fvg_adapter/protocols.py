@@ -258,7 +258,7 @@ def base_to_new(
             mean=config.image_mean,
             std=config.image_std,
             crop_scale=run.heads.crop_scale,
-            tune_crop_scale=run.tune and run.tune.crop_scale,
+            tune_crop_scale=None if run.tune is None else run.tune.crop_scale,
             test_splits=(test_split, *also_test),
         )
         keep = folder if number == 0 else None
@@ -296,7 +296,7 @@ class _Run:
     bank: Path | None
     say: Say
     test_banks: Tests = field(default_factory=dict)
-    last: tuple[Any, Any] = (None, None)  # the pictures encoded last, and their bank
+    last: tuple[Any, FeatureBank] | None = None  # the pictures encoded last, and their bank
 
     def banks(self, model: Tuner, split: Split, seed: int) -> Tests:
         """Test banks by split; plain CLIP's serve every tuner that leaves the images alone, for all seeds."""
@@ -412,7 +412,7 @@ def train_heads(run: _Run, tuner: Tuner, data: Any, seed: int, config: FVGConfig
 
 def _train_bank(run: _Run, tuner: Tuner, pictures: Any, seed: int, name: str) -> FeatureBank:
     """K augmented views of the training pictures, with their foreground; encoded once for both stages."""
-    if pictures is run.last[0] and not tuner.changes_images:
+    if run.last is not None and pictures is run.last[0] and not tuner.changes_images:
         return run.last[1]
     run.say(f"seed {seed}: encoding {run.views} views of {len(pictures)} pictures")
     model = FVGModel(tuner, dataclasses.replace(run.config), foreground=run.foreground)

@@ -195,6 +195,21 @@ def test_pixels_are_normalised_as_the_model_says(base: Path, data: Path, tmp_pat
     assert saved.config.image_mean == (0.5, 0.5, 0.5)
 
 
+def test_a_second_run_starts_from_the_bank(base: Path, data: Path, tmp_path: Path) -> None:
+    options = ("--seeds", "1", "--bank", tmp_path / "bank", "--json", *QUICK)
+    first = run("train", data, "--model", base, *options)
+    assert first.exit_code == 0, first.stderr
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "bank").rglob("*.safetensors")}
+    assert {file.parent.name for file in written} == {"tune-seed1", "shuffled-seed1", "test-base", "test-new"}
+    again = run("train", data, "--model", base, *options, "--lambda-distill", "1")
+    assert again.exit_code == 0, again.stderr
+    assert written == {file: file.stat().st_mtime_ns for file in (tmp_path / "bank").rglob("*.safetensors")}
+    rows = [json.loads(result.stdout) for result in (first, again)]
+    assert rows[0]["coop"] == rows[1]["coop"] and rows[0]["settings"]["config"] != rows[1]["settings"]["config"]
+    assert_mistake(run("train", data, "--model", base, *options, "--views", "3"), "another bank", "views (2, 3)")
+    assert_mistake(run("train", data, "--model", base, *options, "--views", "0"), "a bank needs views")
+
+
 def test_tables_of_several_seeds_have_a_spread_and_name_the_foreground_effect(trained: Any) -> None:
     from rich.console import Console
 

@@ -117,3 +117,20 @@ def test_mistakes_are_named(small_clip: CLIPModel, tokenizer: Any, data: Path, t
             Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "one" / part / "cat" / "a.png")
         run(small_clip, tokenizer, tmp_path / "one")
     assert torch.is_grad_enabled()
+
+
+def test_a_tuner_with_another_crop_sees_the_same_pictures_otherwise(data: Path) -> None:
+    same = base_to_new_split(data, shots=2, seed=1, **NORMAL, crop_scale=(0.5, 1.0), tune_crop_scale=(0.5, 1.0))
+    assert same.tune is same.train  # so that one bank serves both stages
+    split = base_to_new_split(data, shots=2, seed=1, **NORMAL, crop_scale=(0.5, 1.0), tune_crop_scale=(0.1, 0.2))
+    assert (split.train.transform.scale, split.tune.transform.scale) == ((0.5, 1.0), (0.1, 0.2))
+    assert [s.image for s in split.tune.samples] == [s.image for s in split.train.samples]
+    assert split.tune.labels == split.train.labels and split.tune.classes == split.train.classes
+
+
+def test_the_tuners_own_crop_reaches_it(small_clip: CLIPModel, tokenizer: Any, data: Path) -> None:
+    whole = dataclasses.replace(QUICK, crop_scale=(0.9, 1.0))
+    one = run(small_clip, tokenizer, data, seeds=(1,), tune=QUICK, controls=False)
+    other = run(small_clip, tokenizer, data, seeds=(1,), tune=whole, controls=False)
+    assert one.rows["clip"] == other.rows["clip"]
+    assert one.rows["coop"]["entropy"] != other.rows["coop"]["entropy"]
