@@ -223,7 +223,12 @@ def test_tables_of_several_seeds_have_a_spread_and_name_the_foreground_effect(tr
             results.add(row, dict.fromkeys(("base", "new", "hm", "joint_hm"), value + shift))
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
     console.print(table_of(results))
-    assert "70.0 ± 1.4" in console.export_text()
+    longest = "promptsrc+fvg [shuffled masks]"
+    for shift in (-1.0, 1.0):
+        results.add(longest, dict.fromkeys(("base", "new", "hm", "joint_hm"), 70.0 + shift))
+    console.print(table_of(results))
+    text = console.export_text()
+    assert text.count("70.0 ± 1.4") == 4 + 8 and "…" not in text and longest in text
     assert title_of("pets", [1, 2]).endswith("over the seeds 1, 2")
     remarks = remarks_on(results, "coop", None)
     assert remarks[0] == "FVG-PT over coop alone: HM +10.0 ± 1.4"

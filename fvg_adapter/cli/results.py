@@ -18,7 +18,7 @@ COLUMNS = {"base": "base", "new": "new", "hm": "HM", "joint_hm": "joint HM"}
 
 def table_of(results: Results) -> Table:
     """A row a model: mean and, over several seeds, standard deviation of each metric."""
-    table = Table(box=SIMPLE)  # 80 columns hold the longest row
+    table = Table(box=SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns hold the longest row
     table.add_column("model", no_wrap=True)
     for name in COLUMNS.values():
         table.add_column(name, justify="right", no_wrap=True)
