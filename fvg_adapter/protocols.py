@@ -337,7 +337,13 @@ def _one_seed(run: _Run, split: Split, seed: int, results: Results, folder: Path
         plain.detach()
 
     torch.manual_seed(seed)
-    tuner = run.tuner(run.clip, run.tokenizer, split.base_classes, **run.options)
+    try:
+        tuner = run.tuner(run.clip, run.tokenizer, split.base_classes, **run.options)
+    except TypeError as error:
+        raise FVGError(
+            f"a {run.tuner.kind!r} tuner cannot be made with the options {run.options}: {error}. Tuners with other "
+            "arguments (functions, say) are made and trained from Python."
+        ) from error
     kind = tuner.kind
     try:
         if run.tune is not None:

@@ -119,6 +119,13 @@ def test_mistakes_are_named(small_clip: CLIPModel, tokenizer: Any, data: Path, t
     assert torch.is_grad_enabled()
 
 
+def test_options_that_a_tuner_does_not_have_are_named(small_clip: CLIPModel, tokenizer: Any, data: Path) -> None:
+    with pytest.raises(FVGError, match=r"a 'coop' tuner cannot be made with the options .*'depth'"):
+        run(small_clip, tokenizer, data, tuner_options={"depth": 3})
+    with pytest.raises(FVGError, match="a 'external' tuner cannot be made"):
+        run(small_clip, tokenizer, data, tuner="external")
+
+
 def test_a_tuner_with_another_crop_sees_the_same_pictures_otherwise(data: Path) -> None:
     same = base_to_new_split(data, shots=2, seed=1, **NORMAL, crop_scale=(0.5, 1.0), tune_crop_scale=(0.5, 1.0))
     assert same.tune is same.train  # so that one bank serves both stages

@@ -58,6 +58,7 @@ def test_optimizers_are_made_from_a_stage() -> None:
     assert isinstance(sgd, torch.optim.SGD)
     assert sgd.defaults["momentum"] == 0.9
     assert sgd.defaults["weight_decay"] == 5e-4
+    assert not sgd.defaults["nesterov"] and sgd.defaults["dampening"] == 0
     adamw = RECIPES["mmrl"].fvg.make_optimizer([parameter])
     assert isinstance(adamw, torch.optim.AdamW)
     assert adamw.defaults["weight_decay"] == 5e-4

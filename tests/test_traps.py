@@ -41,13 +41,16 @@ TRAPS = {
         "tuners/prompts.py", '["input_ids"]) - 2  # without', '["input_ids"])  # without', COOP
     ),
     "weight decay spares the prompts": Trap(
-        "tuners/recipes.py", "momentum=self.momentum, weight_decay=self.weight_decay", "momentum=self.momentum", COOP
+        "tuners/recipes.py",
+        "momentum=self.momentum, weight_decay=self.weight_decay",
+        "momentum=self.momentum",
+        "test_recipes.py",
     ),
     "Nesterov": Trap(
         "tuners/recipes.py",
         "momentum=self.momentum, weight_decay=self.weight_decay",
         "momentum=self.momentum, weight_decay=self.weight_decay, nesterov=True",
-        COOP,
+        "test_recipes.py",
     ),
     "a schedule that reaches 0": Trap(
         "tuners/recipes.py",
@@ -125,21 +128,35 @@ TRAPS = {
 }
 
 
-def run(package_parent: Path, tests: str) -> subprocess.CompletedProcess[str]:
+def copied(folder: Path) -> Path:
+    """The package and its tests in a folder of their own; the golden files are linked."""
+    ignored = shutil.ignore_patterns("__pycache__", "golden")
+    for part in ("fvg_adapter", "tests"):
+        shutil.copytree(ROOT / part, folder / part, ignore=ignored)
+    (folder / "tests" / "golden").symlink_to(ROOT / "tests" / "golden")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def run(folder: Path, tests: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    files = [str(ROOT / "tests" / name) for name in tests.split()]
-    environment = {**os.environ, "PYTHONPATH": str(package_parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *files], cwd=package_parent, env=environment, capture_output=True, text=True)
+    files = [f"tests/{name}" for name in tests.split()]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *files], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", TRAPS)
 def test_the_golden_tests_notice(name: str, tmp_path: Path) -> None:
     trap = TRAPS[name]
-    shutil.copytree(ROOT / "fvg_adapter", tmp_path / "fvg_adapter", ignore=shutil.ignore_patterns("__pycache__"))
-    changed = tmp_path / "fvg_adapter" / trap.file
+    changed = copied(tmp_path) / "fvg_adapter" / trap.file
     text = changed.read_text("utf-8")
     assert trap.right in text, f"{trap.file} has no {trap.right!r} any more; bring this trap up to date"
     changed.write_text(text.replace(trap.right, trap.wrong), "utf-8")
     found = run(tmp_path, trap.tests)
     assert found.returncode == 1, found.stdout[-1500:] + found.stderr[-500:]
     assert " failed" in found.stdout, found.stdout[-1500:]
+
+
+def test_without_a_mistake_they_pass(tmp_path: Path) -> None:
+    found = run(copied(tmp_path), f"{COOP} {KGCOOP}")
+    assert found.returncode == 0, found.stdout[-1500:]

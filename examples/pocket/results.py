@@ -118,7 +118,7 @@ def page(output: Path, seeds: Sequence[int]) -> str:
         for kinds, tasks in ((text_only, SETTINGS["coop"].tasks), (list(SETTINGS), THREE)):
             parts += [f"{len(tasks)} tasks:", "", *comparison(output, kinds, tasks, split), ""]
             parts += [*gains(output, kinds, tasks, split), ""]
-    for file in sorted(output.glob("causes*.json")):
+    for file in [*sorted(output.glob("causes*.json")), *sorted(output.glob("home*.json"))]:
         record = tables.read(file)
         parts += [f"## {record['title']}", "", record["text"], "", *tables.variants_table(record["tasks"]), ""]
     if (output / "trust.json").exists():
