@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -148,9 +149,29 @@ def _write_json(target: Path, plan: Plan) -> None:
     temporary.replace(target)
 
 
-def is_bank(folder: Path) -> bool:
-    """Whether a whole bank lies there."""
-    return (folder / INDEX).is_file()
+def write_bank(folder: Path, plan: Plan, features: Mapping[str, Tensor]) -> Path:
+    """Writes features in memory as a bank of one shard, which takes the place of a bank that is there.
+
+    Raises:
+        FVGError: the folder holds something else, or cannot be written; what is there stays.
+    """
+    there = folder.exists()
+    if there and not (folder.is_dir() and ((folder / PLAN).is_file() or not any(folder.iterdir()))):
+        raise FVGError(f"{folder} is not empty and holds no bank; give a folder of its own.")
+    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{name}") for name in ("new", "old"))
+    try:
+        write_shards(new, plan, lambda rows: features)
+        if there:
+            folder.rename(old)
+        new.rename(folder)
+    except OSError as error:
+        raise FVGError(f"could not write the bank {folder}: {error}. What was there before is unchanged.") from error
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+    return folder
 
 
 def read_plan(folder: Path, name: str = INDEX) -> Plan:

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from fvg_adapter.bank_files import ROWS_PER_SHARD, Plan, is_bank, joined, read_plan, read_shards, write_shards
+from fvg_adapter.bank_files import (
+    ROWS_PER_SHARD,
+    Plan,
+    joined,
+    read_plan,
+    read_shards,
+    write_bank,
+    write_shards,
+)
 from fvg_adapter.data.randomness import drawn_under, randomness_kept, seed_of
 from fvg_adapter.errors import FVGError
 from fvg_adapter.foreground import resolve_source
@@ -189,18 +196,16 @@ class FeatureBank(Dataset[dict[str, Any]]):
     def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> Path:
         """Writes the bank into a folder (see `encode` for banks larger than memory); returns it.
 
+        A bank that is there is replaced once the new one is whole.
+
         Raises:
-            FVGError: the folder cannot be written, or is not empty.
+            FVGError: the folder cannot be written, or holds something else; it is left as it was.
         """
-        folder = Path(path)
-        if is_bank(folder):
-            shutil.rmtree(folder)  # a bank is replaced by a bank
         kind = str(dtype).removeprefix("torch.")
         plan = Plan(
             self.fingerprint, self.settings, "", 0, self.views, self.classes, self.labels, kind, max(1, len(self))
         )
-        write_shards(folder, plan, lambda rows: self.features)
-        return folder
+        return write_bank(Path(path), plan, self.features)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: FVGModel | Tuner | None = None) -> FeatureBank:

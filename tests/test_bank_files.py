@@ -178,6 +178,24 @@ def test_saved_from_memory_and_replaced(model: FVGModel, tmp_path: Path) -> None
     with pytest.raises(FVGError, match="holds no bank"):
         bank.save(tmp_path / "mine")
     assert content(tmp_path / "mine") == {"thesis.tex": b"years"}
+    assert {path.name for path in tmp_path.iterdir()} == {"bank", "mine"}
+
+
+def test_a_save_that_fails_leaves_the_bank_that_was_there(
+    model: FVGModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = encode(model, None)
+    before = content(bank.save(tmp_path / "bank"))
+
+    def full(*unused: Any, **unused_too: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for broken in ("save_file", "_write_json"):
+        with monkeypatch.context() as patch, pytest.raises(FVGError, match="No space left"):
+            patch.setattr(f"fvg_adapter.bank_files.{broken}", full)
+            bank.save(tmp_path / "bank", dtype=torch.float16)
+        assert content(tmp_path / "bank") == before
+        assert [path.name for path in tmp_path.iterdir()] == ["bank"]
 
 
 def test_another_models_bank_is_refused(model: FVGModel, tokenizer: Any, tmp_path: Path) -> None:
