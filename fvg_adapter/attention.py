@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ __all__ = ["AttentionProbe", "AttentionRecord", "pooling_attention", "record_att
 
 Layers = int | str | Iterable[int]
 FirstPatch = Callable[[int], int]
+Kwargs = Mapping[str, Any]
+_NONE: Kwargs = MappingProxyType({})
+"""What a pass of another thread hands over while this one attaches or removes a hook: torch does so in two steps, and
+between them leaves keyword arguments out. Such a pass is not recorded in this thread, so nothing is lost."""
 _PARALLEL = (DataParallel, DistributedDataParallel)
 
 
@@ -100,7 +105,7 @@ class AttentionProbe:
     def _active(self) -> list[AttentionRecord]:
         return [record for probe, record in _THREAD.recordings if probe is self]
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs = _NONE) -> None:
         """Hook on the embeddings: pixels come in."""
         active = self._active()
         if not active or _in_backward():  # a tower that is checkpointed as a whole runs again in backward
@@ -121,13 +126,13 @@ class _Tap:
     def __init__(self, probe: AttentionProbe, position: int) -> None:
         self.probe, self.position = probe, position
 
-    def capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs = _NONE) -> None:
         """Pre-hook on an attention module. `module` may be a replica of the one that the hook was put on."""
         active = self.probe._active()
         if active:
             first = self.probe.first_patch(self.probe.layers[self.position])
             for record in active:
-                record.capture(self.position, module, hidden_of(args, kwargs), first)
+                record.capture(self.position, module, hidden_of(args, dict(kwargs)), first)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 from fvg_adapter import attention, attention_maps
 from fvg_adapter.attention import AttentionProbe, pooling_attention, record_attention
 from fvg_adapter.errors import FVGError
-from fvg_adapter.towers import DualEncoder
+from fvg_adapter.towers import DualEncoder, pooled
 
 LAYERS, HEADS, GRID = 3, 4, 4
 VISION = {
@@ -640,3 +640,17 @@ def test_no_layers_no_forward_no_encoder() -> None:
 def test_examples(module: Any) -> None:
     result = doctest.testmod(module, extraglobs={"torch": torch})
     assert result.failed == 0 and result.attempted > 0
+
+
+def test_a_hook_that_another_thread_is_just_attaching_does_no_harm(small_clip: CLIPModel) -> None:
+    """torch attaches a hook in two steps; between them a running forward calls it without keyword arguments."""
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        plain = small_clip.get_image_features(pixel_values=pixels)
+    probe = AttentionProbe(small_clip, layers="all")
+    for module in small_clip.modules():
+        module._forward_pre_hooks_with_kwargs.clear()
+    with torch.no_grad():
+        again = small_clip.get_image_features(pixel_values=pixels)
+    assert torch.equal(pooled(plain), pooled(again))
+    probe.detach()

@@ -170,3 +170,4 @@ def test_two_processes_write_the_bank_of_one(two_processes: Path, tmp_path: Path
 
 if __name__ == "__main__":
     work(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # its threads must have ended before the interpreter does
