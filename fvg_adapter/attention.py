@@ -2,7 +2,7 @@
 
 Hooks sit on the *input* of the attention modules and use the query and key projections found there at that moment, so
 that LoRA injected later is seen; the model keeps its attention implementation, and the cost is that of one row of the
-attention matrix. Imports attention_maps and towers.
+attention matrix. Imports attention_maps, attention_kernels, attention_flow and towers.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from fvg_adapter.attention_maps import AttentionRecord, pooling_attention
+from fvg_adapter.attention_flow import Flow
+from fvg_adapter.attention_kernels import Seen, pooling_attention
+from fvg_adapter.attention_maps import AttentionRecord
 from fvg_adapter.errors import FVGError
-from fvg_adapter.towers import DualEncoder, hidden_of
+from fvg_adapter.layouts import layout_of, vision_tower
+from fvg_adapter.towers import DualEncoder
 
 __all__ = ["AttentionProbe", "AttentionRecord", "pooling_attention", "record_attention"]
 
@@ -58,27 +61,26 @@ class AttentionProbe:
         self, encoder: DualEncoder | nn.Module, layers: Layers = (-1,), first_patch: FirstPatch | None = None
     ) -> None:
         self.encoder = encoder if isinstance(encoder, DualEncoder) else DualEncoder(encoder)
-        vision_layers = self.encoder.vision_layers
-        self.layers = _resolve(layers, len(vision_layers))
+        pooling = self.encoder.pooling_attention
+        self.layers = _resolve(layers, len(pooling), self.encoder.layout.head is not None)
         self._first_patch = first_patch
-        modules = [self.encoder.attention_of(vision_layers[layer]) for layer in self.layers]
-        self._handles = [
-            self.encoder.vision_embeddings.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.encoder.vision_encoder.register_forward_hook(self._complete),
-        ]
+        modules = [pooling[layer] for layer in self.layers]
+        self._handles = [self.encoder.vision_embeddings.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for position, module in enumerate(modules):
             tap = _Tap(self, position)
             self._handles.append(module.register_forward_pre_hook(tap.capture, with_kwargs=True))
+        self._handles.append(self.encoder.pooling_end.register_forward_hook(self._complete))
 
     @contextlib.contextmanager
-    def recording(self, differentiable: bool = False) -> Iterator[AttentionRecord]:
+    def recording(self, differentiable: bool = False, flow: Flow | None = None) -> Iterator[AttentionRecord]:
         """Records the forwards that this thread runs inside the block; blocks can be nested.
 
         Args:
             differentiable: keep the graph from the maps to the model's inputs and parameters. Exact with gradient
                 checkpointing of single layers (non-reentrant); a tower inside one checkpoint raises CheckpointError.
+            flow: what follows rollout and relevance, if they are wanted.
         """
-        record = AttentionRecord(self.layers, self.encoder.layout, differentiable)
+        record = AttentionRecord(self.layers, self.encoder.layout, differentiable, flow)
         _THREAD.recordings.append((self, record))
         try:
             yield record
@@ -89,7 +91,7 @@ class AttentionProbe:
 
     def first_patch(self, layer: int) -> int:
         """Index of the first patch token among the tokens that enter a layer (0-based)."""
-        return self.encoder.layout.leading_tokens if self._first_patch is None else self._first_patch(layer)
+        return self.encoder.leading_tokens if self._first_patch is None else self._first_patch(layer)
 
     def detach(self) -> None:
         """Takes every hook off; nothing is left on the model."""
@@ -110,9 +112,8 @@ class AttentionProbe:
         active = self._active()
         if not active or _in_backward():  # a tower that is checkpointed as a whole runs again in backward
             return
-        pixels = args[0] if args else kwargs["pixel_values"]  # (B, 3, H, W)
         for record in active:
-            record.begin(self.encoder.grid(pixels))
+            record.begin(self.encoder.grid_of_call(args, kwargs))
 
     def _complete(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook on the stack of layers: all have run."""
@@ -131,13 +132,19 @@ class _Tap:
         active = self.probe._active()
         if active:
             first = self.probe.first_patch(self.probe.layers[self.position])
+            seen = Seen.of(self.probe.encoder.layout, module, args, dict(kwargs))
             for record in active:
-                record.capture(self.position, module, hidden_of(args, dict(kwargs)), first)
+                record.capture(self.position, seen, first)
 
 
 @contextlib.contextmanager
 def record_attention(
-    model: nn.Module, layers: Layers = (-1,), *, differentiable: bool = False
+    model: nn.Module,
+    layers: Layers = (-1,),
+    *,
+    differentiable: bool = False,
+    rollout: bool = False,
+    relevance: bool = False,
 ) -> Iterator[AttentionRecord]:
     """Records where a vision tower's pooling token looks, without changing how the model computes.
 
@@ -146,10 +153,15 @@ def record_attention(
     dropout of their own (LoRA in training mode) are drawn once more for the map.
 
     Args:
-        model: CLIPModel, CLIPVisionModel(WithProjection) or its inner vision transformer, a PeftModel around one, a
-            tuner or an FVGModel; of DataParallel, DistributedDataParallel or torch.compile the model inside.
-        layers: encoder layers to read, 0-based, negative from the end; one number, several, or "all".
+        model: CLIPModel or another supported dual encoder, its vision tower, a PeftModel around one, a tuner or an
+            FVGModel; of DataParallel, DistributedDataParallel or torch.compile the model inside; of a larger model
+            (LLaVA, CLIPSegForImageSegmentation) the one tower in it.
+        layers: encoder layers to read, 0-based, negative from the end; one number, several, or "all". A tower that is
+            pooled by an attention head (SigLIP, AIMv2) has no token that looks at the patches in its layers: there the
+            head alone is read, as layer 0 or -1.
         differentiable: keep the graph from the maps to the model's inputs and parameters.
+        rollout: follow all layers too, for `record.rollout()`: O(patches²) for each.
+        relevance: keep what `record.relevance(score)` needs of these layers.
 
     Raises:
         FVGError: no such layer.
@@ -165,11 +177,17 @@ def record_attention(
     """
     encoder, first_patch = _target(model)
     probe = AttentionProbe(encoder, layers, first_patch)
+    flow = None
     try:
-        with probe.recording(differentiable) as record:
+        if rollout or relevance:
+            followed = probe.layers if relevance and encoder.layout.head is None else () if relevance else None
+            flow = Flow(encoder, probe.first_patch, rollout=rollout, relevance=followed)
+        with probe.recording(differentiable, flow) as record:
             yield record
     finally:
         probe.detach()
+        if flow is not None:
+            flow.detach()
 
 
 class _Recordings(threading.local):
@@ -189,16 +207,46 @@ def _target(model: nn.Module) -> tuple[DualEncoder, FirstPatch | None]:
         outer = model.module if isinstance(model, _PARALLEL) else getattr(model, "_orig_mod", None)
     target = getattr(model, "attention_target", None)
     if not callable(target):
-        return DualEncoder(model), None
+        return DualEncoder(_tower_in(model)), None
     inner, first_patch = target()
     return DualEncoder(inner), first_patch
 
 
-def _resolve(layers: Layers, count: int) -> tuple[int, ...]:
+def _tower_in(model: nn.Module) -> nn.Module:
+    """The model itself, or of a larger one that holds a single supported vision tower that one.
+
+    Raises:
+        FVGError: several towers.
+    """
+    if not isinstance(model, nn.Module) or _has_tower(model) or hasattr(model, "peft_config"):
+        return model
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not any(name.startswith(f"{outer}.") for outer in found) and _has_tower(module):
+            found[name] = module
+    if len(found) > 1:
+        raise FVGError(
+            f"{type(model).__name__} holds {len(found)} vision towers ({', '.join(found)}); give one of them: "
+            f"record_attention(model.{next(iter(found))})."
+        )
+    return next(iter(found.values()), model)
+
+
+def _has_tower(module: nn.Module) -> bool:
+    layout = layout_of(getattr(module, "config", None))
+    return layout is not None and vision_tower(module, layout) is not None
+
+
+def _resolve(layers: Layers, count: int, head: bool) -> tuple[int, ...]:
     """0-based layer numbers."""
     wanted: Any = range(count) if layers == "all" else (layers,) if isinstance(layers, (int, str)) else tuple(layers)
     for layer in wanted:
         if type(layer) is not int or not -count <= layer < count:
+            if head:
+                raise FVGError(
+                    f"layer {layer!r} cannot be read: this vision tower has no class token, and its pooling head alone "
+                    "looks at the patches; give layers=[-1]."
+                )
             raise FVGError(
                 f"layer {layer!r} does not exist: the vision tower has {count} layers, "
                 f"numbered 0 to {count - 1}, or -{count} to -1 from the end; give such numbers or layers='all'."

@@ -1,40 +1,14 @@
-"""Attention maps of the pooling token: the formula, and the record that hooks fill and a caller reads.
-
-Imports towers.
-"""
+"""The record of an attention recording: what hooks fill and a caller reads. Imports attention_kernels and _flow."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fvg_adapter.attention_flow import Flow
+from fvg_adapter.attention_kernels import Seen, row_of
 from fvg_adapter.errors import FVGError
-from fvg_adapter.modes import full_precision
-from fvg_adapter.towers import Layout, attention_scale, head_dim, projected
-
-
-def pooling_attention(query: Tensor, keys: Tensor, heads: int, scale: float) -> Tensor:
-    """Softmax attention of one token over all tokens, per head: softmax_n(scale · q_h · k_hn).
-
-    Args:
-        query: (B, D) projected query of the pooling token.
-        keys: (B, N, D) projected keys of all tokens.
-        heads: number of heads; D is split into `heads` consecutive parts.
-        scale: factor on the products.
-
-    Returns:
-        (B, heads, N), rows sum to 1; float32 (float64 for float64 input), also under autocast.
-
-    Example:
-        >>> query, keys = torch.tensor([[1.0]]), torch.tensor([[[0.0], [1.0986123]]])  # e^0 : e^1.0986 = 1 : 3
-        >>> pooling_attention(query, keys, heads=1, scale=1.0)
-        tensor([[[0.2500, 0.7500]]])
-    """
-    query, keys = full_precision(query), full_precision(keys)
-    with torch.autocast(keys.device.type, enabled=False):
-        split = keys.reshape(*keys.shape[:2], heads, -1).transpose(1, 2)  # (B, N, D) -> (B, heads, N, d)
-        one = query.reshape(len(query), heads, -1, 1)  # (B, D) -> (B, heads, d, 1)
-        return torch.softmax((split @ one).squeeze(-1) * scale, dim=-1)  # (B, heads, N)
+from fvg_adapter.layouts import Layout
 
 
 class AttentionRecord:
@@ -45,16 +19,19 @@ class AttentionRecord:
         differentiable: whether the maps carry a gradient.
     """
 
-    def __init__(self, layers: tuple[int, ...], layout: Layout, differentiable: bool = False) -> None:
+    def __init__(
+        self, layers: tuple[int, ...], layout: Layout, differentiable: bool = False, flow: Flow | None = None
+    ) -> None:
         self.layers = layers
         self.differentiable = differentiable
         self._layout = layout
+        self._flow = flow
         self._grid: tuple[int, int] | None = None
         self._grad_enabled = False
         self._graph_lost = False
         self._rows: dict[int, Tensor] = {}  # position in `layers` -> (B, heads, N)
         self._first: dict[int, int] = {}
-        self._pending: dict[int, tuple[nn.Module, Tensor]] = {}
+        self._pending: dict[int, Seen] = {}
 
     def attention(self) -> Tensor:
         """Attention of the pooling token over the patches, of the last forward inside the block.
@@ -87,6 +64,37 @@ class AttentionRecord:
         maps = [self._patches(position, self._grid) for position in range(len(self.layers))]
         return torch.stack([m.to(maps[0].device) for m in maps], dim=1)  # (B, layers, heads, h, w)
 
+    def rollout(self) -> Tensor:
+        """Attention rollout: the share of each patch in what the token that pools holds after the last layer.
+
+        Returns:
+            (B, h, w), float32, not negative; the rest up to 1 is what came from tokens that are no patches.
+
+        Raises:
+            FVGError: the recording was not opened with rollout=True, or no forward was seen.
+
+        Source: Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020, with heads averaged.
+        """
+        return (self._flow or _no_flow("rollout")).rollout()
+
+    def relevance(self, score: Tensor) -> Tensor:
+        """Class relevance: attention weighted by the gradient of a score, positive part, mean over heads.
+
+        Args:
+            score: (B,) or () what the patches may speak for, such as one logit an image, with its graph; the forward
+                ran in the block with gradients on. Several scores may be asked for, one after the other.
+
+        Returns:
+            (B, h, w), float32, not negative, in units of the score.
+
+        Raises:
+            FVGError: the recording was not opened with relevance=True, or the score has no graph to what was recorded.
+
+        Source: Chefer et al., "Generic Attention-model Explainability", ICCV 2021, equations 5 and 6; over the layers
+            of the recording, so that layers=[-1] follows the last one alone, as their CLIP notebook does.
+        """
+        return (self._flow or _no_flow("relevance")).relevance(score)
+
     def _patches(self, position: int, grid: tuple[int, int]) -> Tensor:
         row, first = self._rows[position], self._first[position]
         last = first + grid[0] * grid[1]
@@ -107,8 +115,8 @@ class AttentionRecord:
         for kept in (self._rows, self._first, self._pending):
             kept.clear()
 
-    def capture(self, position: int, module: nn.Module, hidden: Tensor, first: int) -> None:
-        """Hidden states (B, N, D) enter a layer's attention. Only the first time counts: again means recomputation.
+    def capture(self, position: int, seen: Seen, first: int) -> None:
+        """Tokens enter a layer's attention. Only the first time counts: again means recomputation.
 
         A differentiable row is left for `complete`: operations recorded inside a checkpointed layer would have to be
         repeated by its recomputation, when this block may be over.
@@ -118,15 +126,15 @@ class AttentionRecord:
         self._first[position] = first
         if self.differentiable:
             self._graph_lost |= self._grad_enabled and not torch.is_grad_enabled()
-            self._pending[position] = (module, hidden)
+            self._pending[position] = seen
         else:
             with torch.no_grad():
-                self._rows[position] = _row(self._layout, module, hidden)
+                self._rows[position] = row_of(self._layout, seen)
 
     def complete(self) -> None:
         """All layers have run."""
-        for position, (module, hidden) in self._pending.items():
-            self._rows[position] = _row(self._layout, module, hidden)
+        for position, seen in self._pending.items():
+            self._rows[position] = row_of(self._layout, seen)
         self._pending.clear()
 
     def close(self) -> None:
@@ -134,9 +142,5 @@ class AttentionRecord:
         self._pending.clear()
 
 
-def _row(layout: Layout, module: nn.Module, hidden: Tensor) -> Tensor:
-    """(B, heads, N) attention of token 0 for hidden states (B, N, D), by the projections that the module has now."""
-    query = projected(module, layout.query, hidden[:, :1]).squeeze(1)  # (B, D)
-    keys = projected(module, layout.key, hidden)  # (B, N, D)
-    width = query.shape[-1]
-    return pooling_attention(query, keys, width // head_dim(module, width), attention_scale(module, width))
+def _no_flow(what: str) -> Flow:
+    raise FVGError(f"this recording has no {what}; open it with record_attention(model, {what}=True).")

@@ -1,65 +1,33 @@
 """The one place that knows how each Hugging Face dual encoder is laid out.
 
-A `Layout` is a row of data: where the towers lie, what their attention modules are called, how the image token is
-pooled and whether text may be trimmed. `DualEncoder` reads a model through its row, so that nothing else in the package
-names `vision_model`, `q_proj` or an output class. A new model is a new row of `LAYOUTS`. Imports torch only.
+A `DualEncoder` reads a model through its row of `layouts`: towers, features, logit scale, and where the token that
+pools looks. Imports layouts and modes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fvg_adapter.errors import FVGError
+from fvg_adapter.layouts import LAYOUTS, at, layout_of, text_tower, vision_tower
 from fvg_adapter.modes import full_precision
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one family of dual encoders is put together (FACTS: measured on transformers 4.57 to 5.23).
-
-    Attributes:
-        name: the family, as in `config.model_type`.
-        attention: attribute path from an encoder layer to its attention module.
-        query, key: names of the query and key projections inside the attention module; "qkv[1]" is the second
-            third of a fused one.
-        embeddings: attribute path from the vision tower to the module that turns pixels into tokens.
-        leading_tokens: tokens before the first patch; the pooling token is number 0.
-        trims_text: True where cutting the padding behind the longest end-of-text token is exact (causal text towers
-            that pool at the end-of-text token).
-        text_length: attribute path (from the text config) to the longest text in tokens.
-    """
-
-    name: str
-    attention: str = "self_attn"
-    query: str = "q_proj"
-    key: str = "k_proj"
-    embeddings: str = "embeddings"
-    leading_tokens: int = 1
-    trims_text: bool = True
-    text_length: str = "max_position_embeddings"
-
-
-LAYOUTS: dict[str, Layout] = {
-    "clip": Layout("clip"),
-    "clip_vision_model": Layout("clip"),
-}
-"""Supported `config.model_type` values; the vision-only classes share their family's row."""
 
 
 def pooled(output: Any) -> Tensor:
     """The pooled tensor of a tower or feature call, whichever transformers version made it."""
-    if isinstance(output, Tensor):
-        return output
-    for name in ("image_embeds", "pooler_output"):
-        value = getattr(output, name, None)
-        if isinstance(value, Tensor):
-            return value
+    found = output
+    if not isinstance(output, Tensor):
+        found = next(
+            (v for n in ("image_embeds", "pooler_output") if isinstance(v := getattr(output, n, None), Tensor)), None
+        )
+    if isinstance(found, Tensor):
+        return found[:, 0] if found.dim() == 3 else found  # FLAVA projects every token, the pooling one first
     raise TypeError(f"no pooled features in an output of type {type(output).__name__}")
 
 
@@ -84,27 +52,12 @@ def unwrap_peft(model: nn.Module) -> nn.Module:
     return inner() if callable(inner) and hasattr(model, "peft_config") else model
 
 
-def _path(root: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        root = getattr(root, part)
-    return root
-
-
-def _tower(model: nn.Module, kind: str) -> nn.Module | None:
-    """The vision or text transformer; nested one level deeper before transformers 5.6."""
-    found = getattr(model, f"{kind}_model", None)
-    if found is None:
-        own = f"{kind}_" in getattr(getattr(model, "config", None), "model_type", "")
-        return model if own and hasattr(model, "encoder") else None
-    tower: nn.Module = getattr(found, f"{kind}_model", found)
-    return tower
-
-
 class DualEncoder:
     """A read-only view of a user's model: towers, projections, features, logit scale. Owns and changes nothing.
 
     Args:
-        model: a CLIPModel, CLIPVisionModel or CLIPVisionModelWithProjection, or a PeftModel around one.
+        model: a CLIPModel or another dual encoder of `layouts.LAYOUTS`, its vision tower alone, or a PeftModel around
+            one.
         projection: for a vision tower without one, the module that maps pooled states (B, width) to features (B, D).
 
     Raises:
@@ -115,8 +68,8 @@ class DualEncoder:
         if not isinstance(model, nn.Module):
             raise TypeError(_unsupported(model))
         base = unwrap_peft(model)
-        layout = LAYOUTS.get(getattr(getattr(base, "config", None), "model_type", ""))
-        if layout is None or _tower(base, "vision") is None:
+        layout = layout_of(getattr(base, "config", None))
+        if layout is None or vision_tower(base, layout) is None:
             raise TypeError(_unsupported(base))
         self.model = base
         self.layout = layout
@@ -127,7 +80,7 @@ class DualEncoder:
     @property
     def vision(self) -> nn.Module:
         """The vision transformer."""
-        tower = _tower(self.model, "vision")
+        tower = vision_tower(self.model, self.layout)
         assert tower is not None  # checked on construction
         return tower
 
@@ -136,9 +89,14 @@ class DualEncoder:
         """The text transformer.
 
         Raises:
-            TypeError: the model has none.
+            TypeError: the model has none that can be relied on.
         """
-        tower = _tower(self.model, "text")
+        tower = text_tower(self.model)
+        if tower is not None and self.layout.text is None:
+            raise TypeError(
+                f"the text tower of a {type(self.model).__name__} is not supported: it reads the same text in another "
+                "way under another attention implementation. Give text features instead, classes={name: feature}."
+            )
         if tower is None:
             raise TypeError(
                 f"{type(self.model).__name__} has no text tower: give text features instead, classes={{name: feature}}."
@@ -152,13 +110,13 @@ class DualEncoder:
 
     @property
     def has_text(self) -> bool:
-        """Whether there is a text tower."""
-        return _tower(self.model, "text") is not None
+        """Whether there is a text tower that can be relied on."""
+        return self.layout.text is not None and text_tower(self.model) is not None
 
     @property
     def vision_layers(self) -> Sequence[nn.Module]:
         """The encoder layers of the vision tower, first to last."""
-        return _layers(self.vision)
+        return _layers(_encoder(self.vision))
 
     @property
     def vision_embeddings(self) -> nn.Module:
@@ -167,7 +125,7 @@ class DualEncoder:
         Hooks that need the pixels belong here: a tower that is also the user's model may run without its own hooks
         (PEFT 0.17 calls `model.forward`).
         """
-        module: nn.Module = _path(self.vision, self.layout.embeddings)
+        module: nn.Module = at(self.vision, self.layout.embeddings)
         return module
 
     @property
@@ -178,7 +136,7 @@ class DualEncoder:
     @property
     def text_layers(self) -> Sequence[nn.Module]:
         """The encoder layers of the text tower, first to last."""
-        return _layers(self.text)
+        return _layers(at(self.text, self.layout.text_encoder))
 
     @property
     def token_embedding(self) -> nn.Embedding:
@@ -189,15 +147,43 @@ class DualEncoder:
 
     def attention_of(self, layer: nn.Module) -> nn.Module:
         """The attention module of an encoder layer."""
-        module: nn.Module = _path(layer, self.layout.attention)
+        module: nn.Module = at(layer, self.layout.attention)
         return module
+
+    @property
+    def pooling_attention(self) -> Sequence[nn.Module]:
+        """The attention modules in which a token that pools looks at the patches, first to last.
+
+        Those of all layers where a class token pools, the pooling head alone where there is one.
+        """
+        if self.layout.head is None:
+            return [self.attention_of(layer) for layer in self.vision_layers]
+        try:
+            return [at(self.vision, self.layout.head_path)]
+        except AttributeError as error:
+            raise TypeError(
+                f"this {type(self.model).__name__} has no attention head that pools (use_head is off), so that no "
+                "token looks at its patches."
+            ) from error
+
+    @property
+    def pooling_end(self) -> nn.Module:
+        """The module behind whose forward all of `pooling_attention` have run."""
+        return self.vision_encoder if self.layout.head is None else self.pooling_attention[-1]
+
+    @property
+    def leading_tokens(self) -> int:
+        """Tokens before the first patch, among those that enter a layer or the pooling head."""
+        registers = getattr(self.vision_config, self.layout.registers) if self.layout.registers else 0
+        return self.layout.leading_tokens + int(registers)
 
     # -- sizes -----------------------------------------------------------------------------------------------------
 
     @property
     def vision_config(self) -> Any:
         """The configuration of the vision tower."""
-        return getattr(self.model.config, "vision_config", self.model.config)
+        config = self.model.config
+        return getattr(config, "vision_config", getattr(config, "image_config", config))
 
     @property
     def text_config(self) -> Any:
@@ -217,13 +203,15 @@ class DualEncoder:
     @property
     def image_size(self) -> tuple[int, int]:
         """Pixel height and width that the position embeddings were made for."""
-        size = self.vision_config.image_size
+        size = getattr(self.vision_config, "image_size", None)
+        if size is None:  # a packed tower has a number of patches instead
+            size = math.isqrt(int(self.vision_config.num_patches)) * int(self.vision_config.patch_size)
         return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
     @property
     def text_length(self) -> int:
         """Longest text in tokens, start and end included (77 for released CLIPs)."""
-        return int(_path(self.text_config, self.layout.text_length))
+        return int(at(self.text_config, self.layout.text_length)) - self.layout.text_reserved
 
     @property
     def feature_dim(self) -> int:
@@ -232,12 +220,24 @@ class DualEncoder:
             with torch.no_grad():
                 probe = torch.zeros(1, self.vision_width, device=self.device, dtype=self.dtype)
                 return int(self.projection(probe).shape[-1])
-        return int(self.model.config.projection_dim)  # type: ignore[union-attr,arg-type]
+        projection = self.layout.image_projection
+        if projection is None:
+            return self.vision_width
+        width = getattr(self.model.config, "projection_dim", None)
+        return int(width if width is not None else self.vision_config.projection_dim)
 
     @property
     def projects(self) -> bool:
         """Whether the model, or the projection given beside it, maps pooled states to features."""
-        return self.projection is not None or hasattr(self.model, "visual_projection")
+        name = self.layout.image_projection
+        return self.projection is not None or name is None or hasattr(self.model, name)
+
+    @property
+    def text_projection(self) -> nn.Module | None:
+        """The module from the text tower's pooled states to features, or None where the tower gives them."""
+        name = self.layout.text_projection
+        found = getattr(self.model, name, None) if name else None
+        return found if isinstance(found, nn.Module) else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -251,8 +251,32 @@ class DualEncoder:
 
     def grid(self, pixel_values: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of a batch of images (B, 3, H, W)."""
-        patch = int(self.vision_config.patch_size)
+        patch = self.patch_size
         return pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        size = self.vision_config.patch_size
+        return int(size if isinstance(size, int) else size[0])
+
+    def grid_of_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+        """Rows and columns of patches, from the arguments of the tower's embeddings.
+
+        Raises:
+            FVGError: packed images of several grids in one batch.
+        """
+        pixels = args[0] if args else kwargs["pixel_values"]
+        if not self.layout.packed:
+            return self.grid(pixels)
+        shapes: Any = args[1] if len(args) > 1 else kwargs["spatial_shapes"]
+        grids = {(int(h), int(w)) for h, w in shapes}
+        if len(grids) > 1:
+            raise FVGError(
+                f"the images of this batch have {len(grids)} grids of patches, such as {sorted(grids)[:2]}; attention "
+                "maps are recorded of images of one grid: give those together that have the same."
+            )
+        return grids.pop()
 
     # -- features --------------------------------------------------------------------------------------------------
 
@@ -261,27 +285,40 @@ class DualEncoder:
 
         Another size than the model's interpolates the position embeddings, as `interpolate_pos_encoding=True` does.
         """
-        options = {} if tuple(pixel_values.shape[-2:]) == self.image_size else {"interpolate_pos_encoding": True}
+        inputs: dict[str, Any] = {"pixel_values": pixel_values}
+        if self.layout.packed:
+            inputs = packed(pixel_values, self.patch_size)
+        elif tuple(pixel_values.shape[-2:]) != self.image_size and not self.layout.interpolates:
+            inputs["interpolate_pos_encoding"] = True
         if hasattr(self.model, "get_image_features"):
             encode: Callable[..., Any] = self.model.get_image_features  # type: ignore[assignment]
-            return pooled(encode(pixel_values=pixel_values, **options))
-        features = pooled(self.model(pixel_values=pixel_values, **options))
+            return pooled(encode(**inputs))
+        features = pooled(self.model(**inputs))
         return features if self.projection is None else self.projection(features)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Projected text features (N, D), not normalised, of token ids (N, L)."""
         encode: Callable[..., Any] = self.model.get_text_features  # type: ignore[assignment]
-        if self.layout.trims_text:  # causal and pooled at the end of text: what lies behind it cannot matter
+        if self.layout.text != "masked":  # padding cannot matter, or is read as the tower learned it: without a mask
             return pooled(encode(input_ids=input_ids))
         return pooled(encode(input_ids=input_ids, attention_mask=attention_mask))
 
     @property
     def logit_scale(self) -> Tensor:
-        """exp(logit_scale), the factor s between cosines and logits; 100 where a vision-only model has none."""
+        """The factor s between cosines and logits: exp(logit_scale), or 1 / temperature; 100 where a model has none."""
         scale = getattr(self.model, "logit_scale", None)
         if isinstance(scale, Tensor):
             return full_precision(scale).exp()
+        temperature = getattr(self.model, "temperature", None)
+        if isinstance(temperature, Tensor):
+            return 1 / full_precision(temperature)
         return torch.tensor(100.0, device=self.device)
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """What is added to the scaled cosines, () or (1,); None where nothing is. No softmax sees it."""
+        bias = getattr(self.model, "logit_bias", None)
+        return full_precision(bias) if isinstance(bias, Tensor) else None
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells two base models apart: sizes, and a hash of the projections and the logit scale.
@@ -291,19 +328,18 @@ class DualEncoder:
         bfloat16 copy and the other with its float16 copy.
         """
         direct, by_half = hashlib.sha256(), hashlib.sha256()
-        for name in ("visual_projection", "text_projection", "logit_scale"):
-            value = getattr(self.model, name, None)
+        for name in self.layout.identity:
+            value = self._named(name)
             value = getattr(value, "weight", value)
             value = getattr(value, "base_layer", value)
             if isinstance(value, Tensor):
                 exact = value.detach().cpu()
                 direct.update(name.encode() + _bfloat16_bytes(exact))
                 by_half.update(name.encode() + _bfloat16_bytes(exact.to(torch.float16)))
-        config = self.vision_config
         shapes = {
             "vision_width": self.vision_width,
             "vision_layers": len(self.vision_layers),
-            "patch_size": int(config.patch_size),
+            "patch_size": self.patch_size,
             "image_size": self.image_size[0],
             "text_width": self.text_width if self.has_text else 0,
             "text_layers": len(self.text_layers) if self.has_text else 0,
@@ -316,6 +352,14 @@ class DualEncoder:
             "hash_by_half": by_half.hexdigest()[:16],
         }
 
+    def _named(self, path: str) -> Any:
+        for root in (self.model, self.vision):
+            try:
+                return at(root, path)
+            except AttributeError:
+                continue
+        return None
+
 
 def _encoder(tower: nn.Module) -> nn.Module:
     encoder: nn.Module = getattr(tower, "encoder", tower)
@@ -327,18 +371,35 @@ def _bfloat16_bytes(values: Tensor) -> bytes:
     return data
 
 
-def _layers(tower: nn.Module) -> Sequence[nn.Module]:
-    encoder = _encoder(tower)
+def _layers(encoder: nn.Module) -> Sequence[nn.Module]:
     layers = getattr(encoder, "layers", None)
     return layers if layers is not None else encoder.layer  # type: ignore[return-value]
 
 
 def _unsupported(model: Any) -> str:
-    names = sorted({layout.name for layout in LAYOUTS.values()})
     return (
         f"{type(model).__name__} is not a dual encoder that fvg_adapter knows. Give a transformers CLIPModel, "
-        f"CLIPVisionModelWithProjection, a PeftModel around one, or a tuner (supported families: {', '.join(names)})."
+        f"CLIPVisionModelWithProjection, a PeftModel around one, or a tuner (supported families: {', '.join(LAYOUTS)}, "
+        "and a VisionTextDualEncoderModel of such towers)."
     )
+
+
+def packed(pixel_values: Tensor, patch: int) -> dict[str, Tensor]:
+    """Images (B, 3, H, W) as a packed tower takes them: patches (B, N, p·p·3) row by row, a mask of ones, their grids.
+
+    Example:
+        >>> {name: tuple(value.shape) for name, value in packed(torch.zeros(2, 3, 32, 48), 16).items()}
+        {'pixel_values': (2, 6, 768), 'pixel_attention_mask': (2, 6), 'spatial_shapes': (2, 2)}
+    """
+    batch, channels, height, width = pixel_values.shape
+    rows, columns = height // patch, width // patch
+    cut = pixel_values[..., : rows * patch, : columns * patch]
+    tiles = cut.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)  # (B, h, w, p, p, 3)
+    return {
+        "pixel_values": tiles.reshape(batch, rows * columns, -1),
+        "pixel_attention_mask": torch.ones(batch, rows * columns, dtype=torch.long, device=pixel_values.device),
+        "spatial_shapes": torch.tensor([[rows, columns]] * batch, device=pixel_values.device),
+    }
 
 
 def head_dim(attention: nn.Module, width: int) -> int:
@@ -364,5 +425,5 @@ def projected(attention: nn.Module, name: str, hidden: Tensor) -> Tensor:
         hidden: (B, N, D) what enters the attention module.
     """
     name, _, part = name.rstrip("]").partition("[")
-    output: Tensor = getattr(attention, name)(hidden)
+    output: Tensor = at(attention, name)(hidden)
     return output.chunk(3, dim=-1)[int(part)] if part else output

@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from fvg_adapter import attention, attention_maps
+from fvg_adapter import attention, attention_kernels
 from fvg_adapter.attention import AttentionProbe, pooling_attention, record_attention
 from fvg_adapter.errors import FVGError
 from fvg_adapter.towers import DualEncoder, pooled
@@ -636,7 +636,7 @@ def test_no_layers_no_forward_no_encoder() -> None:
         AttentionProbe(clip.text_model)
 
 
-@pytest.mark.parametrize("module", [attention, attention_maps])
+@pytest.mark.parametrize("module", [attention, attention_kernels])
 def test_examples(module: Any) -> None:
     result = doctest.testmod(module, extraglobs={"torch": torch})
     assert result.failed == 0 and result.attempted > 0

@@ -11,6 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertModel,
     BlipVisionConfig,
     BlipVisionModel,
     CLIPConfig,
@@ -23,8 +25,8 @@ from transformers import (
 )
 
 from fvg_adapter.base_models import check_base_model
+from fvg_adapter.layouts import LAYOUTS
 from fvg_adapter.towers import (
-    LAYOUTS,
     DualEncoder,
     attention_scale,
     head_dim,
@@ -165,7 +167,7 @@ def test_embeddings_and_encoder_run_whoever_calls() -> None:
         lambda: nn.Linear(2, 2),
         lambda: CLIPTextModel(CLIPTextConfig(**TEXT)),
         lambda: SimpleNamespace(config=SimpleNamespace(model_type="clip")),
-        lambda: BlipVisionModel(BlipVisionConfig(**{**VISION, "num_hidden_layers": 1})),
+        lambda: BertModel(BertConfig(**{**TEXT, "num_hidden_layers": 1})),
         lambda: "openai/clip-vit-base-patch16",
         lambda: None,
     ],

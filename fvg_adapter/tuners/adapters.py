@@ -70,8 +70,8 @@ def plain_output(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def adapts_images(encoder: DualEncoder, layers: Sequence[nn.Module]) -> bool:
     """Whether any of the adapted layers lies outside the text tower and its projection."""
     text = {id(m) for m in encoder.text.modules()} if encoder.has_text else set()
-    projection = getattr(encoder.model, "text_projection", None)
-    text |= {id(m) for m in projection.modules()} if isinstance(projection, nn.Module) else set()
+    projection = encoder.text_projection
+    text |= set() if projection is None else {id(m) for m in projection.modules()}
     return any(id(layer) not in text for layer in layers)
 
 

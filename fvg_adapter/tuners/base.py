@@ -188,10 +188,12 @@ class Tuner(nn.Module, Pretrained):
         return full_precision(self.encoder.logit_scale.detach())
 
     def scores(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """s · f · gᵀ (B, C) in full precision, also under autocast."""
+        """s · f · gᵀ (B, C), with the model's bias where it has one, in full precision, also under autocast."""
         with torch.autocast(image_features.device.type, enabled=False):
             image, text = full_precision(image_features), full_precision(text_features)
-            return self.logit_scale.to(image) * image @ text.to(image.dtype).T
+            logits = self.logit_scale.to(image) * image @ text.to(image.dtype).T
+            bias = self.encoder.logit_bias
+            return logits if bias is None else logits + bias.detach().to(image)
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -307,8 +309,8 @@ class Tuner(nn.Module, Pretrained):
         return self._text_cache.get(context, [*own, *tower, *self._text_projection()], compute)
 
     def _text_projection(self) -> Iterable[Tensor]:
-        module = getattr(self.encoder.model, "text_projection", None)
-        return module.parameters() if isinstance(module, nn.Module) else ()
+        module = self.encoder.text_projection if self.encoder.has_text else None
+        return () if module is None else module.parameters()
 
     def _adapters(self) -> Hashable:
         return adapter_state(self._adapter_layers)
@@ -325,7 +327,7 @@ class Tuner(nn.Module, Pretrained):
 
     def first_patch(self, layer: int) -> int:
         """Index of the first patch token among the tokens that enter layer `layer` (0-based)."""
-        return self.encoder.layout.leading_tokens
+        return self.encoder.leading_tokens
 
     def detach(self) -> nn.Module:
         """Takes every hook off and gives the user's model back as it was found: flags, mode, hooks."""
@@ -455,6 +457,11 @@ def feature_encoder(model: nn.Module, projection: nn.Module | None = None) -> Du
         FVGError: a vision tower without a projection to features.
     """
     encoder = DualEncoder(model, projection)
+    if encoder.layout.video:
+        raise FVGError(
+            f"{type(encoder.model).__name__} encodes videos, so that it gives no features of single images; "
+            "record_attention reads it, wrap and the tuners need a dual encoder of images."
+        )
     if not encoder.projects:
         raise FVGError(
             f"{type(encoder.model).__name__} has no projection to features; give a CLIPVisionModelWithProjection, or "

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fvg_adapter.errors import FVGError
+from fvg_adapter.layouts import LAYOUTS
 from fvg_adapter.modes import full_precision
 from fvg_adapter.storage import TUNER_FILE, own_tensors_only
-from fvg_adapter.towers import LAYOUTS, DualEncoder
+from fvg_adapter.towers import DualEncoder
 from fvg_adapter.tuners.base import Tuner
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, check_classes
 
@@ -260,6 +261,14 @@ class _NoEncoder(DualEncoder):
 
     def attention_of(self, layer: nn.Module) -> nn.Module:
         return layer
+
+    @property
+    def leading_tokens(self) -> int:
+        return 1
+
+    @property
+    def logit_bias(self) -> None:
+        return None
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fvg_adapter.errors import FVGError, nearest
-from fvg_adapter.towers import Layout
+from fvg_adapter.layouts import Layout
 from fvg_adapter.tuners.adapters import (
     adapter_layers,
     adapts_images,

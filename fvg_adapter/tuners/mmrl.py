@@ -95,9 +95,10 @@ class MMRL(Tuner):
         for name, depth in (("text", len(encoder.text_layers)), ("vision", len(encoder.vision_layers))):
             if layers[0] < 1 or layers[-1] > depth:
                 raise FVGError(f"rep_layers {list(layers)} go beyond layers 1 … {depth} of the {name} tower.")
-        if not encoder.layout.trims_text:
+        if encoder.layout.text != "causal" or encoder.layout.head is not None:
             raise FVGError(
-                f"MMRL needs a causal text tower that pools at the end of text; {encoder.layout.name}'s is not."
+                "MMRL needs a causal text tower that pools at the end of text and an image tower with a class token; "
+                f"{encoder.layout.name}'s are not. CoOp, KgCoOp, PromptSRC and LoRA take it."
             )
         super()._check_prompts(classes)
 

@@ -1,0 +1,373 @@
+"""Every supported family of dual encoders against transformers' own eager attention, features and logits."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import families
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from fvg_adapter import record_attention, unwrap, wrap
+from fvg_adapter.errors import FVGError
+from fvg_adapter.towers import DualEncoder, packed
+from fvg_adapter.tuners import MMRL, CoOp, KgCoOp, LoRA, PromptSRC, ZeroShot
+
+NAMES = ["snow leopard", "car", "a bird's nest"]
+ALL = [*families.IMAGE_FAMILIES, *families.COMPOSED]
+WITH_TEXT = [name for name in ALL if name != "aimv2"]
+
+
+def images(size: int = 32) -> Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def eager_attention(model: Any) -> tuple[Tensor, ...]:
+    """(B, heads, N, N) of every layer, by transformers itself."""
+    tower = DualEncoder(model).vision
+    if DualEncoder(model).layout.packed:
+        values = packed(images(), 8)
+        values["attention_mask" if "attention_mask" in _parameters(tower) else "pixel_attention_mask"] = values.pop(
+            "pixel_attention_mask"
+        )
+    else:
+        values = {"pixel_values": images()}
+    output = tower(**values, output_attentions=True)
+    return tuple(a for a in output.attentions if a is not None)
+
+
+def _parameters(tower: nn.Module) -> list[str]:
+    import inspect
+
+    return list(inspect.signature(tower.forward).parameters)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ALL)
+@torch.no_grad()
+def test_hooks_see_eager_attention(family: str, implementation: str) -> None:
+    model = families.tiny(family, "eager")
+    encoder = DualEncoder(model)
+    if encoder.layout.head is None:
+        expected = torch.stack([a[:, :, 0, encoder.leading_tokens :] for a in eager_attention(model)], 1)
+    else:
+        expected = head_attention(encoder)
+    try:
+        model.set_attn_implementation(implementation)
+    except ValueError as error:  # transformers says so: BLIP, FLAVA in some versions
+        assert "does not support" in str(error)
+        return
+    with record_attention(model, "all") as record:
+        encoder.image_features(images())
+    assert record.attention().shape[-2:] == (4, 4)
+    torch.testing.assert_close(
+        record.attention().flatten(3), expected.reshape(record.attention().flatten(3).shape), atol=1e-5, rtol=0
+    )
+    assert expected.std() > 1e-3  # not flat
+
+
+def head_attention(encoder: DualEncoder) -> Tensor:
+    """(B, 1, heads, N) of the pooling head, by hand from its inputs."""
+    head = encoder.pooling_attention[0]
+    kept: list[Any] = []
+    handle = head.register_forward_pre_hook(lambda m, a, k: kept.append((a, k)), with_kwargs=True)
+    encoder.image_features(images())
+    handle.remove()
+    args, _ = kept[0]
+    if isinstance(head, nn.MultiheadAttention):
+        return head(*args, average_attn_weights=False)[1][:, :, 0].unsqueeze(1)
+    hidden = args[0]
+    keys = head.k_proj(hidden).reshape(2, -1, 4, 8).transpose(1, 2)
+    query = head.cls_token.reshape(1, 1, 4, 8).transpose(1, 2)
+    return (query @ keys.mT * 8**-0.5).softmax(-1)[:, :, 0].unsqueeze(1)
+
+
+@pytest.mark.parametrize("family", WITH_TEXT)
+@torch.no_grad()
+def test_zero_shot_logits_are_the_models_own(family: str, tokenizer: Any) -> None:
+    model = families.tiny(family)
+    tuner = ZeroShot(model, tokenizer, NAMES)
+    prompts = tuner.prior_prompts(NAMES)
+    layout = tuner.encoder.layout
+    values = packed(images(), 8) if layout.packed else {"pixel_values": images()}
+    if layout.text == "masked":
+        values["attention_mask"] = prompts.attention_mask
+    if family == "flava":  # its forward gives no logits
+        image = model.get_image_features(pixel_values=images())
+        text = model.get_text_features(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask)
+        image, text = (getattr(v, "pooler_output", v)[:, 0] for v in (image, text))
+        expected = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T * model.logit_scale.exp()
+    else:
+        expected = model(input_ids=prompts.input_ids, **values).logits_per_image
+    torch.testing.assert_close(tuner(images()).logits, expected, atol=2e-4, rtol=1e-5)
+    assert expected.std(dim=1).min() > 0 and expected.shape == (2, 3)
+    assert prompts.input_ids.shape[1] == (32 if layout.text == "last" else int(prompts.attention_mask.sum(1).max()))
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_wrap_trains_the_heads_and_gives_the_model_back(family: str, tokenizer: Any) -> None:
+    model = families.tiny(family)
+    before = copy.deepcopy(model.state_dict())
+    encoder = DualEncoder(model)
+    classes: Any = NAMES if encoder.has_text else {n: torch.randn(encoder.feature_dim) for n in NAMES}
+    wrapped = wrap(model, tokenizer if encoder.has_text else None, classes)
+    output = wrapped(images(), torch.tensor([0, 2]))
+    output.loss.backward()
+    assert output.loss.isfinite() and wrapped.visual_adapter.up.weight.grad.abs().sum() > 0
+    assert wrapped.eval()(images(), return_attention=True).foreground_attention.shape == (2, 4, 4)
+    assert unwrap(wrapped) is model
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [CoOp, KgCoOp, PromptSRC])
+@pytest.mark.parametrize("family", WITH_TEXT)
+def test_prompts_learn_in_every_text_tower(family: str, kind: Any, tokenizer: Any) -> None:
+    options = {"prompt_depth_text": 2, "prompt_depth_vision": 2} if kind is PromptSRC else {}
+    tuner = kind(families.tiny(family), tokenizer, NAMES, **options)
+    plain = tuner.prior_text_features()
+    loss = tuner(images(), torch.tensor([0, 2])).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tuner.trainable_parameters())
+    if kind is not PromptSRC:  # starts at the words of the template, so at the plain CLIP
+        torch.testing.assert_close(tuner.text_features(), plain, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        for parameter in tuner.trainable_parameters():
+            parameter.add_(torch.randn_like(parameter))
+    assert not torch.allclose(tuner.text_features(), plain, atol=1e-3)
+    torch.testing.assert_close(tuner.prior_text_features(), plain)
+
+
+@pytest.mark.parametrize("family", WITH_TEXT)
+def test_lora_learns_in_every_family(family: str, tokenizer: Any) -> None:
+    tuner = LoRA(families.tiny(family), tokenizer, NAMES)
+    tuner(images(), torch.tensor([0, 2])).loss.backward()
+    learned = [p.grad is not None for p in tuner.trainable_parameters()]
+    assert learned and all(learned)
+
+
+@pytest.mark.parametrize("family", ["siglip", "altclip", "blip"])
+def test_mmrl_says_what_it_needs(family: str, tokenizer: Any) -> None:
+    with pytest.raises(FVGError, match=f"causal text tower.*{family}'s are not.*CoOp"):
+        MMRL(families.tiny(family), tokenizer, NAMES, rep_layers=[2])
+
+
+def test_mmrl_takes_causal_families(tokenizer: Any) -> None:
+    tuner = MMRL(families.tiny("metaclip_2"), tokenizer, NAMES, rep_layers=[2], rep_dim=8)
+    tuner(images(), torch.tensor([0, 2])).loss.backward()
+    assert tuner.rep_tokens.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_tower_inside_a_larger_model() -> None:
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**families.VISION),
+        text_config=transformers.LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            vocab_size=60,
+        ),
+        image_token_index=59,
+        vision_feature_layer=-2,
+    )
+    llava = transformers.LlavaForConditionalGeneration(config).eval()
+    tower = next(m for m in llava.modules() if type(m).__name__ == "CLIPVisionModel")
+    ids = torch.tensor([[1] + [59] * 16 + [5, 6]] * 2)
+    with record_attention(llava, "all") as record:
+        llava(input_ids=ids, pixel_values=images())
+    with record_attention(tower, "all") as direct:
+        tower(pixel_values=images())
+    assert record.attention().shape == (2, 3, 4, 4, 4)
+    torch.testing.assert_close(record.attention(), direct.attention())
+
+
+def test_several_towers_are_named() -> None:
+    both = nn.ModuleDict({"left": families.tiny("clip"), "right": families.tiny("siglip")})
+    with (
+        pytest.raises(FVGError, match=r"holds 2 vision towers \(left, right\).*record_attention\(model.left\)"),
+        record_attention(both),
+    ):
+        pass
+
+
+@torch.no_grad()
+def test_video_frames_are_recorded_and_features_refused(tokenizer: Any) -> None:
+    model = families.tiny("xclip")
+    with record_attention(model, "all") as record:
+        model.vision_model(pixel_values=torch.randn(8, 3, 32, 32))
+    assert record.attention().shape == (8, 3, 4, 4, 4)
+    with pytest.raises(FVGError, match="encodes videos"):
+        ZeroShot(model, tokenizer, NAMES)
+
+
+def test_texts_that_cannot_be_relied_on(tokenizer: Any) -> None:
+    model = families.tiny("aimv2")
+    with pytest.raises(FVGError, match="no text tower"):
+        ZeroShot(model, tokenizer, NAMES)
+    with pytest.raises(TypeError, match="another attention implementation"):
+        DualEncoder(model).text  # noqa: B018
+
+
+def test_packed_images_of_several_grids_are_refused() -> None:
+    model = families.tiny("siglip2")
+    both = {
+        k: torch.cat([a, b])
+        for (k, a), b in zip(packed(images()[:1], 8).items(), packed(images()[1:], 8).values(), strict=True)
+    }
+    both["spatial_shapes"][1] = torch.tensor([2, 8])
+    with pytest.raises(FVGError, match=r"2 grids of patches.*one grid"), record_attention(model):
+        model.get_image_features(**both)
+
+
+def test_layers_of_a_tower_without_class_token() -> None:
+    model = families.tiny("siglip")
+    with (
+        pytest.raises(FVGError, match=r"layer -2 cannot be read.*pooling head alone.*layers=\[-1\]"),
+        record_attention(model, [-2]),
+    ):
+        pass
+    config = model.config.vision_config
+    config.vision_use_head = False
+    headless = transformers.SiglipVisionModel(config)
+    with pytest.raises(TypeError, match="no attention head that pools"), record_attention(headless):
+        pass
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_fingerprints_tell_two_models_of_a_family_apart(family: str) -> None:
+    one, other = families.tiny(family), families.tiny(family)
+    assert DualEncoder(one).fingerprint() == DualEncoder(other).fingerprint()
+    encoder = DualEncoder(other)
+    for name in encoder.layout.identity:
+        value = encoder._named(name)
+        assert value is not None or family in ("aimv2",), name
+    with torch.no_grad():
+        target = encoder._named(encoder.layout.identity[0])
+        getattr(target, "weight", target).mul_(1.5)
+    assert DualEncoder(one).fingerprint() != encoder.fingerprint()
+
+
+# -- rollout and relevance ---------------------------------------------------------------------------------------------
+
+
+def naive_rollout(model: Any) -> Tensor:
+    encoder = DualEncoder(model)
+    with torch.no_grad():
+        matrices = [a.mean(1) for a in eager_attention(model)]
+        n = matrices[0].shape[-1]
+        total = torch.eye(n).expand(2, n, n)
+        for matrix in matrices:
+            total = (0.5 * matrix + 0.5 * torch.eye(n)) @ total
+        row = total[:, :1] if encoder.layout.head is None else head_attention(encoder).mean(2) @ total
+    return row[:, 0, encoder.leading_tokens :].reshape(2, 4, 4)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_rollout_is_the_product_of_the_layers(family: str) -> None:
+    model = families.tiny(family, "eager")
+    expected = naive_rollout(model)
+    with record_attention(model, rollout=True) as record, torch.no_grad():
+        DualEncoder(model).image_features(images())
+    torch.testing.assert_close(record.rollout(), expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [(-1,), (0, 2), "all"])
+@pytest.mark.parametrize("family", ["clip", "blip", "flava", "dinov2_with_registers+bert", "vit+bert", "tipsv2"])
+def test_relevance_is_that_of_autograd(family: str, layers: Any) -> None:
+    """The naive way: eager attention weights in the graph, their gradients by autograd, the products by hand."""
+    if family not in ALL:
+        pytest.fail(f"{family} is unknown here") if family != "tipsv2" else None
+        return
+    model, direction = families.tiny(family, "eager"), torch.randn(DualEncoder(families.tiny(family)).vision_width)
+    encoder = DualEncoder(model)
+    pixels = images().requires_grad_()
+    output = encoder.vision(pixel_values=pixels, output_attentions=True)
+    score = (output.last_hidden_state[:, 0] @ direction) ** 2
+    gradients = torch.autograd.grad(score.sum(), output.attentions)
+    numbers = {"all": (0, 1, 2), (-1,): (2,)}.get(layers, layers)
+    n = output.attentions[0].shape[-1]
+    total = torch.eye(n).expand(2, n, n)
+    for number in numbers:
+        weighted = (gradients[number] * output.attentions[number]).relu().mean(1)
+        total = total + weighted @ total
+    expected = total[:, 0, encoder.leading_tokens :].reshape(2, 4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.set_attn_implementation("sdpa" if family != "flava" else "eager")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with record_attention(model, layers, relevance=True) as record:
+        again = encoder.vision(pixel_values=images().requires_grad_())
+        found = record.relevance((again.last_hidden_state[:, 0] @ direction) ** 2)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-4 * float(expected.max()), rtol=1e-3)
+    assert expected.max() > 0
+
+
+@pytest.mark.parametrize("family", ["siglip", "siglip2", "aimv2"])
+def test_relevance_of_a_pooling_head(family: str) -> None:
+    """The gradient by the definition: the head again by hand, with its weights in the graph."""
+    model = families.tiny(family)
+    encoder = DualEncoder(model)
+    head, direction = encoder.pooling_attention[0], torch.randn(encoder.vision_width)
+    kept: list[Any] = []
+    handle = head.register_forward_hook(lambda m, a, k, o: kept.append((a, o)), with_kwargs=True)
+    with record_attention(model, relevance=True) as record:
+        encoder.image_features(images().requires_grad_())
+        args, output = kept[0]
+        pooled = output[0][:, 0] if isinstance(output, tuple) else output
+        found = record.relevance(pooled @ direction)
+    handle.remove()
+    row = head_attention(encoder)[:, 0].detach().requires_grad_()  # (B, heads, N)
+    hidden = args[1] if isinstance(head, nn.MultiheadAttention) else args[0]
+    if isinstance(head, nn.MultiheadAttention):
+        values, project = F.linear(hidden, head.in_proj_weight[64:], head.in_proj_bias[64:]), head.out_proj
+    else:
+        values, project = head.v_proj(hidden), head.output_proj
+    mixed = (row.unsqueeze(2) @ values.reshape(2, -1, 4, 8).transpose(1, 2)).reshape(2, 32)
+    gradient = torch.autograd.grad((project(mixed) @ direction).sum(), row)[0]
+    torch.testing.assert_close(found.flatten(1), (gradient * row).relu().mean(1).detach(), atol=1e-5, rtol=1e-3)
+
+
+def test_relevance_of_a_class_through_tuner_and_fvg(tokenizer: Any) -> None:
+    tuner = PromptSRC(families.tiny("clip"), tokenizer, NAMES, prompt_depth_text=2, prompt_depth_vision=2)
+    maps = []
+    for label in range(3):
+        with record_attention(tuner, relevance=True, rollout=True) as record:
+            logits = tuner(images().requires_grad_()).logits
+            maps.append(record.relevance(logits[:, label]))
+            assert torch.equal(maps[-1], record.relevance(logits[:, label]))  # may be asked for again
+        assert record.rollout().shape == (2, 4, 4)
+    assert not torch.allclose(maps[0], maps[1]) and maps[0].shape == (2, 4, 4)
+
+
+def test_relevance_without_a_graph_says_so() -> None:
+    model = families.tiny("clip").requires_grad_(False)
+    with record_attention(model, relevance=True) as record:
+        features = DualEncoder(model).image_features(images())
+        with pytest.raises(FVGError, match=r"the score has no gradient.*pixel_values.requires_grad_\(\)"):
+            record.relevance(features.sum())
+        with pytest.raises(FVGError, match="does not depend on the attention"):
+            DualEncoder(model).image_features(images().requires_grad_())
+            record.relevance(torch.ones(1, requires_grad=True))
+    with record_attention(model) as record:
+        DualEncoder(model).image_features(images())
+        with pytest.raises(FVGError, match="no rollout; open it with"):
+            record.rollout()
+        with pytest.raises(FVGError, match="no relevance; open it with"):
+            record.relevance(torch.ones(1))
+    with record_attention(model, rollout=True) as record, pytest.raises(FVGError, match="no rollout was recorded"):
+        record.rollout()
+
+
+def test_hooks_are_gone_afterwards() -> None:
+    model = families.tiny("siglip")
+    with record_attention(model, rollout=True, relevance=True):
+        assert any(m._forward_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
