@@ -104,8 +104,7 @@ class Flow:
             held[:, first : first + patches] = torch.eye(patches, device=held.device)
             return held
         held[:, first : first + patches] = before[:, came_first : came_first + patches]
-        if first:
-            held[:, 0] = before[:, 0]
+        held[:, : self.encoder.leading_tokens] = before[:, : self.encoder.leading_tokens]
         return held
 
     # -- answers ---------------------------------------------------------------------------------------------------

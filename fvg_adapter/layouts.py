@@ -41,6 +41,7 @@ class Layout:
         interpolates: whether images of any size are taken without being asked for.
         image_projection, text_projection: modules from pooled states to features; None where those are features.
         text: how texts are read; None where the text tower cannot be relied on.
+        first_text_token: whether a text's features are made here, of its first token: transformers 4.57 fails to.
         text_encoder: path from the text tower to the module that holds its layers.
         text_length: path (from the text config) to the number of positions.
         text_reserved: positions that are never a token's.
@@ -65,6 +66,7 @@ class Layout:
     image_projection: str | None = "visual_projection"
     text_projection: str | None = "text_projection"
     text: Text | None = "causal"
+    first_text_token: bool = False
     text_encoder: str = "encoder"
     text_length: str = "max_position_embeddings"
     text_reserved: int = 0
@@ -107,7 +109,7 @@ LAYOUTS: dict[str, Layout] = {
         replace(_CLIP, name="owlv2"),
         replace(_CLIP, name="xclip", video=True),
         replace(_CLIP, name="altclip", text="masked", text_encoder="roberta.encoder", text_reserved=2),
-        replace(_CLIP, name="chinese_clip", text="masked"),
+        replace(_CLIP, name="chinese_clip", text="masked", first_text_token=True),
         replace(_CLIP, name="blip", query="qkv[0]", key="qkv[1]", value="qkv[2]", out="projection", text="masked"),
         Layout(
             "flava",
@@ -139,7 +141,7 @@ LAYOUTS: dict[str, Layout] = {
             image_projection=None,
             text_projection=None,
             text="masked",
-            identity=("embeddings.cls_token", "text_model.ln_final", "temperature"),
+            identity=("embeddings.position_embeddings", "text_model.final_layer_norm", "temperature"),
         ),
         _VIT,
         _DINO,

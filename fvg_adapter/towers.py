@@ -136,13 +136,21 @@ class DualEncoder:
     @property
     def text_layers(self) -> Sequence[nn.Module]:
         """The encoder layers of the text tower, first to last."""
-        return _layers(at(self.text, self.layout.text_encoder))
+        return _layers(self.text_encoder)
+
+    @property
+    def text_encoder(self) -> nn.Module:
+        """The module whose forward runs all text layers."""
+        encoder: nn.Module = at(self.text, self.layout.text_encoder)
+        return encoder
 
     @property
     def token_embedding(self) -> nn.Embedding:
         """The text tower's token table; a forward hook here sees every prompt before positions are added."""
-        get = getattr(self.text, "get_input_embeddings", None)  # the inner tower of transformers 4.57 has none
-        embedding = get() if callable(get) else next(m for m in self.text.modules() if isinstance(m, nn.Embedding))
+        try:
+            embedding: nn.Embedding = self.text.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):  # inner towers of transformers 4.57 have none, OWL-ViT's raises
+            embedding = next(m for m in self.text.modules() if isinstance(m, nn.Embedding))
         return embedding
 
     def attention_of(self, layer: nn.Module) -> nn.Module:
@@ -301,6 +309,10 @@ class DualEncoder:
         encode: Callable[..., Any] = self.model.get_text_features  # type: ignore[assignment]
         if self.layout.text != "masked":  # padding cannot matter, or is read as the tower learned it: without a mask
             return pooled(encode(input_ids=input_ids))
+        if self.layout.first_text_token:
+            states = self.text(input_ids=input_ids, attention_mask=attention_mask)[0]  # (N, L, width)
+            projection = self.text_projection
+            return states[:, 0] if projection is None else projection(states[:, 0])
         return pooled(encode(input_ids=input_ids, attention_mask=attention_mask))
 
     @property
@@ -385,11 +397,13 @@ def _unsupported(model: Any) -> str:
 
 
 def packed(pixel_values: Tensor, patch: int) -> dict[str, Tensor]:
-    """Images (B, 3, H, W) as a packed tower takes them: patches (B, N, p·p·3) row by row, a mask of ones, their grids.
+    """Images (B, 3, H, W) as a packed tower takes them: patches (B, N, p·p·3) row by row, and their grids.
+
+    No padding mask, since there is no padding: tokens that a tuner appends would not fit it.
 
     Example:
         >>> {name: tuple(value.shape) for name, value in packed(torch.zeros(2, 3, 32, 48), 16).items()}
-        {'pixel_values': (2, 6, 768), 'pixel_attention_mask': (2, 6), 'spatial_shapes': (2, 2)}
+        {'pixel_values': (2, 6, 768), 'spatial_shapes': (2, 2)}
     """
     batch, channels, height, width = pixel_values.shape
     rows, columns = height // patch, width // patch
@@ -397,7 +411,6 @@ def packed(pixel_values: Tensor, patch: int) -> dict[str, Tensor]:
     tiles = cut.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)  # (B, h, w, p, p, 3)
     return {
         "pixel_values": tiles.reshape(batch, rows * columns, -1),
-        "pixel_attention_mask": torch.ones(batch, rows * columns, dtype=torch.long, device=pixel_values.device),
         "spatial_shapes": torch.tensor([[rows, columns]] * batch, device=pixel_values.device),
     }
 

@@ -88,8 +88,9 @@ class LoRA(Tuner):
                 self._handles.append(layer.register_forward_hook(self._suspend, with_kwargs=True))
         self._handles.append(self.encoder.vision_encoder.register_forward_pre_hook(let_gradients_in, with_kwargs=True))
         if self.encoder.has_text:
-            text: Any = self.encoder.text
-            self._handles.append(text.encoder.register_forward_pre_hook(let_gradients_in, with_kwargs=True))
+            self._handles.append(
+                self.encoder.text_encoder.register_forward_pre_hook(let_gradients_in, with_kwargs=True)
+            )
         for layer in self._adapter_layers:
             for parameter in own_parameters(layer, active_only=True):
                 parameter.requires_grad_(True)
