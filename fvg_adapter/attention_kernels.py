@@ -78,7 +78,7 @@ def row_of(layout: Layout, seen: Seen) -> Tensor:
     if layout.head == "learned query" and not hasattr(module, layout.query):
         keys = projected(module, layout.key, hidden)  # (B, N, D)
         heads = int(module.num_heads)  # type: ignore[arg-type]
-        query = module.cls_token.expand(len(hidden), -1, -1)[:, 0]  # type: ignore[operator,union-attr]
+        query = module.cls_token.expand(len(hidden), -1, -1)[:, 0]  # type: ignore[operator]
         return pooling_attention(query, keys, heads, (keys.shape[-1] // heads) ** -0.5)
     query = projected(module, layout.query, hidden[:, :1]).squeeze(1)  # (B, D)
     keys = projected(module, layout.key, hidden)  # (B, N, D)
@@ -103,7 +103,7 @@ def heads_of(layout: Layout, seen: Seen) -> int:
         return int(seen.module.num_heads)  # type: ignore[arg-type]
     count = getattr(seen.module, "num_heads", None) or getattr(seen.module, "num_attention_heads", None)
     width = seen.hidden.shape[-1]
-    return int(count) if count else width // head_dim(seen.module, width)  # type: ignore[arg-type]
+    return int(count) if count else width // head_dim(seen.module, width)
 
 
 def matrix_of(layout: Layout, seen: Seen, head: int) -> Tensor:

@@ -91,6 +91,27 @@ def prior_divergence(z_prior: Tensor, z_pc: Tensor, temperature: float, *, squar
     return factor * kl_divergence(log_probs(z_prior, temperature), log_probs(z_pc, temperature)).mean()
 
 
+def temperature_of_entropy(logits: Tensor, wanted: float, steps: int = 60) -> float:
+    """The temperature T at which the mean entropy of softmax(z / T) is `wanted` nats, by bisection.
+
+    D_fg of two models can be compared at the entropy of one of them: a flatter softmax lowers it for nothing.
+
+    Args:
+        logits: (N, C) z. wanted: mean entropy in nats, between 0 and log C (both excluded). steps: halvings.
+
+    >>> round(temperature_of_entropy(torch.tensor([[2.0, 0.0]]), 0.6), 2)
+    2.29
+    """
+    low, high = 1e-4, 1e4
+    for _ in range(steps):
+        middle = (low * high) ** 0.5
+        if float(entropy(log_probs(logits, middle)).mean()) < wanted:
+            low = middle
+        else:
+            high = middle
+    return (low * high) ** 0.5
+
+
 def joint_log_probs(z_prior: Tensor, z_base: Tensor, z_new: Tensor, is_base: Tensor) -> Tensor:
     """log p(c | x) (B, C) over base and new classes together, by the hierarchical rule of section 11.
 

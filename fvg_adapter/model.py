@@ -169,7 +169,8 @@ class FVGModel(nn.Module, Pretrained):
                     f"({[c for c, seen in zip(self.classes, self._is_base(), strict=True) if not seen][:3]}…); train "
                     "outside use_classes, or wrap with these classes."
                 )
-        frozen = self.config.freeze_tuner or not learning
+        asked = pixel_values is not None and pixel_values.requires_grad and not learning  # for class relevance, say
+        frozen = (self.config.freeze_tuner or not learning) and not asked
         with torch.no_grad() if frozen else contextlib.nullcontext():
             views = self._views(pixel_values, foreground_mask, features, learning, branch != "base", return_attention)
         device_type = views.base.device.type

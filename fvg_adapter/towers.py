@@ -312,7 +312,8 @@ class DualEncoder:
         if self.layout.first_text_token:
             states = self.text(input_ids=input_ids, attention_mask=attention_mask)[0]  # (N, L, width)
             projection = self.text_projection
-            return states[:, 0] if projection is None else projection(states[:, 0])
+            features: Tensor = states[:, 0] if projection is None else projection(states[:, 0])
+            return features
         return pooled(encode(input_ids=input_ids, attention_mask=attention_mask))
 
     @property

@@ -16,10 +16,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fvg_adapter.config import CLIP_MEAN, CLIP_STD
+from fvg_adapter.errors import FVGError
 from fvg_adapter.features import attention_in_mask
 from fvg_adapter.model import FVGModel
 
 _WRONG, _RIGHT = "#b3261e", "#1b6e3c"
+
+
+def overlay(
+    picture: Any,
+    attention: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    strength: float = 0.55,
+) -> Any:
+    """A picture with a map laid over it and the outline of a mask.
+
+    Args:
+        picture: a PIL picture, or normalised pixels (3, H, W).
+        attention: (h, w) attention, rollout or relevance, at any resolution; from its smallest to its largest value.
+        mask: (H', W') or (1, H', W') foreground, at any resolution.
+        mean, std: the normalisation of pixels. strength: of the map, in [0, 1].
+
+    Returns:
+        A PIL picture (RGB) of the picture's size.
+
+    Raises:
+        FVGError: a map or mask of another rank.
+    """
+    from PIL import Image
+
+    base = np.asarray(picture.convert("RGB"), float) / 255 if isinstance(picture, Image.Image) else None
+    if base is None:
+        base = _picture(picture, mean, std).astype(float)
+    size = base.shape[:2]
+    for name, given in (("attention", attention), ("mask", mask)):
+        if given is not None and given.squeeze().dim() != 2:
+            raise FVGError(
+                f"{name} must be one map (h, w), but has shape {tuple(given.shape)}; give that of one picture."
+            )
+    if attention is not None:
+        heat = _heat(attention.detach().squeeze(), size)
+        base = (1 - strength) * base + strength * matplotlib.colormaps["inferno"](heat)[..., :3]
+    if mask is not None:
+        inside = F.interpolate(mask.detach().cpu().float().squeeze()[None, None], size=size)[0, 0] > 0.5
+        grown = F.max_pool2d(inside[None, None].float(), 3, 1, 1)[0, 0] > 0.5
+        base = np.where((grown & ~inside).numpy()[..., None], np.array([0.89, 0.0, 0.49]), base)
+    return Image.fromarray((np.clip(base, 0, 1) * 255).round().astype(np.uint8))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fvg_adapter import __version__
+from fvg_adapter.cli.auditing import audit_model
 from fvg_adapter.cli.converting import convert_checkpoint
 from fvg_adapter.cli.evaluating import evaluate_adapter
 from fvg_adapter.cli.informing import describe_adapter
@@ -28,6 +29,7 @@ app.command("eval")(evaluate_adapter)
 app.command("predict")(predict_images)
 app.command("info")(describe_adapter)
 app.command("convert")(convert_checkpoint)
+app.command("audit")(audit_model)
 
 
 def _version(wanted: bool) -> None:
@@ -52,6 +54,7 @@ def _about(
     fvg-adapter info out/adapter
     fvg-adapter eval out/adapter pets --split test
     fvg-adapter predict out/adapter photo.jpg --classes "tabby cat,beagle"
+    fvg-adapter audit out/adapter pets --output report
     fvg-adapter convert old/prompt_learner --classes @pets.txt --output new \\
         --model openai/clip-vit-base-patch16
 

@@ -1,0 +1,293 @@
+"""audit: does a model look at the object, or at what is around it?
+
+Every picture is scored three times: whole, with the background taken away (x ⊙ m), and with the foreground taken away
+(x ⊙ (1 − m)). A class leans on its background where the background alone says its name: log-probability of the class on
+its own pictures' backgrounds against that on other classes' backgrounds, ranked by Welch's t, so that a few odd
+pictures do not make a suspect. Beside it: D_fg, and the share of attention and of class relevance inside the mask.
+Imports evaluation's neighbours below it, no plotting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fvg_adapter import losses as L
+from fvg_adapter.attention import record_attention
+from fvg_adapter.data import collate
+from fvg_adapter.errors import FVGError
+from fvg_adapter.features import attention_in_mask
+from fvg_adapter.foreground import foreground_view, mask_area, prepare_mask, usable_mask
+from fvg_adapter.model import FVGModel
+from fvg_adapter.tuners.base import Tuner, check_labels
+
+SMALLEST_ERROR = 1e-6
+"""Standard error in nats where all pictures agree, so that evidence stays finite."""
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PictureAudit:
+    """One picture. Probabilities are those of its own class among the data set's classes.
+
+    Attributes:
+        index: its place in the data set. name: its file, where it has one.
+        label, answer: its class, and what the model says of the whole picture.
+        answer_foreground, answer_background: what it says of the object alone, and of the background alone.
+        p_whole, p_foreground, p_background: probability of the class under the three views, in [0, 1].
+        lean: log-probability of the answer, seeing this background alone, minus its mean over the other pictures'
+            backgrounds, in nats; 0 where backgrounds tell nothing.
+        d_fg, entropy: KL(p_whole ‖ p_foreground) and H(p_whole) in nats (a flatter softmax lowers d_fg for nothing).
+        area: share of the picture that the mask covers. attention_in_mask, relevance_in_mask: shares of the attention
+            and of the answer's class relevance inside the mask; an even map would have the mask's area.
+    """
+
+    index: int
+    name: str
+    label: str
+    answer: str
+    answer_foreground: str
+    answer_background: str
+    p_whole: float
+    p_foreground: float
+    p_background: float
+    lean: float
+    d_fg: float
+    entropy: float
+    area: float
+    attention_in_mask: float
+    relevance_in_mask: float
+
+
+@dataclass(frozen=True)
+class ClassAudit:
+    """The pictures of one class, or of all (`Audit.summary`): counts, accuracies in percent, means.
+
+    Attributes:
+        name: the class. pictures: how many were scored.
+        whole, foreground, background: accuracy in percent under the three views.
+        lean: mean log-probability of the class on its own pictures' backgrounds minus that on other classes', in nats.
+        evidence: the lean in standard errors (Welch's t); above 3 or so it is no accident. NaN below two pictures.
+        d_fg, entropy, area, attention_in_mask, relevance_in_mask: means over the pictures.
+    """
+
+    name: str
+    pictures: int
+    whole: float
+    foreground: float
+    background: float
+    lean: float
+    evidence: float
+    d_fg: float
+    entropy: float
+    area: float
+    attention_in_mask: float
+    relevance_in_mask: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What `audit` found.
+
+    Attributes:
+        summary: over all pictures; its lean and evidence are means over classes.
+        classes: those that lean on the background with most evidence come first.
+        pictures: in the order of the data set.
+        left_out: pictures without a usable mask, which cannot be audited.
+        branch: what scored: "tuner" for tuners, else the FVGModel's branch.
+    """
+
+    summary: ClassAudit
+    classes: list[ClassAudit]
+    pictures: list[PictureAudit]
+    left_out: int = 0
+    branch: str = "tuner"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def leaning(self, count: int = 10) -> list[PictureAudit]:
+        """The pictures whose answer leans on the background most."""
+        return sorted(self.pictures, key=lambda p: -p.lean)[:count]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, of types that JSON has."""
+        return {"format": "fvg_adapter audit 1", **asdict(self)}
+
+
+def audit(
+    model: FVGModel | Tuner,
+    dataset: Any,
+    *,
+    layers: Any = (-1,),
+    relevance: bool = True,
+    outside: str = "mean",
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> Audit:
+    """Audits a model for shortcuts on a labelled data set with masks; leaves class list, mode and hooks as found.
+
+    Args:
+        model: an FVGModel or a tuner (ZeroShot for plain CLIP).
+        dataset: items of {"pixel_values", "labels", "foreground_mask"} with `classes`, normalised for the model.
+        layers: vision layers whose attention and relevance are read, as for `record_attention`.
+        relevance: class relevance of the answer too; it costs a backward pass.
+        outside: what takes the place of what is taken away: "mean" colour or "black".
+        batch_size: pictures encoded at once, three views of each.
+        progress: called with (pictures done, pictures in all).
+
+    Raises:
+        FVGError: no class names, fewer than two classes, labels out of range, or no picture with a usable mask (an area
+            between 2 and 98 %).
+    """
+    names = list(getattr(dataset, "classes", None) or [])
+    if len(names) < 2:
+        raise FVGError(
+            f"an audit needs a data set with at least 2 classes in its `classes` attribute, but this one has {names}."
+        )
+    parts: list[dict[str, Tensor]] = []
+    done = 0
+    with _as_found(model), model.use_classes(names):
+        branch = model.branch_for("auto") if isinstance(model, FVGModel) else "tuner"
+        for items in DataLoader(dataset, batch_size, collate_fn=collate):
+            check_labels(items["labels"], len(names), len(items["pixel_values"]))
+            parts.append(
+                _batch(model, items, layers, relevance, outside) | {"index": done + torch.arange(len(items["labels"]))}
+            )
+            done += len(items["labels"])
+            if progress is not None:
+                progress(done, len(dataset))
+    found = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+    usable = found.pop("usable").bool()
+    if not bool(usable.any()):
+        raise FVGError(
+            f"none of the {len(usable)} pictures has a usable mask (an area between 2 and 98 %): an audit needs to "
+            "know where the object is. Put them into a mask/ folder that mirrors the pictures'."
+        )
+    kept = {k: v[usable] for k, v in found.items()}
+    pictures = _pictures(kept, names, dataset)
+    classes = [_class(kept, c, name) for c, name in enumerate(names) if bool((kept["labels"] == c).any())]
+    classes.sort(key=lambda c: -c.evidence if c.evidence == c.evidence else float("inf"))  # unknown ones last
+    summary = _class(kept, None, "all", (_mean([c.lean for c in classes]), _mean([c.evidence for c in classes])))
+    settings = {"outside": outside, "layers": str(layers), "relevance": relevance}
+    return Audit(summary, classes, pictures, int((~usable).sum()), branch, settings)
+
+
+@torch.no_grad()
+def _batch(model: FVGModel | Tuner, items: Any, layers: Any, relevance: bool, outside: str) -> dict[str, Tensor]:
+    tuner = model.tuner if isinstance(model, FVGModel) else model
+    config = getattr(model, "config", None)
+    normal = {} if config is None else {"image_mean": config.image_mean, "image_std": config.image_std}
+    pixels = items["pixel_values"].to(tuner.encoder.device)
+    given = items.get("foreground_mask")
+    mask = prepare_mask(pixels.new_zeros(len(pixels), *pixels.shape[-2:]) if given is None else given, pixels)
+    area = mask_area(mask)
+    with record_attention(model, layers, relevance=relevance) as record, torch.set_grad_enabled(relevance):
+        whole = model(pixels.clone().requires_grad_(relevance)).logits
+        answer = whole.argmax(-1)
+        relevant = record.relevance(whole.gather(1, answer[:, None])[:, 0]) if relevance else None
+    attention = record.attention().mean((1, 2))  # (B, h, w)
+    views = [foreground_view(pixels, part, outside=outside, **normal) for part in (mask, 1 - mask)]  # type: ignore[arg-type]
+    foreground, background = (model(view).logits for view in views)
+    none = torch.full_like(area, float("nan"))
+    return {
+        "labels": items["labels"],
+        "usable": usable_mask(area).cpu(),
+        "area": area.cpu(),
+        "whole": L.log_probs(whole.detach()).float().cpu(),
+        "foreground": L.log_probs(foreground).float().cpu(),
+        "background": L.log_probs(background).float().cpu(),
+        "attention": attention_in_mask(attention, mask).cpu(),
+        "relevance": (none if relevant is None else attention_in_mask(relevant, mask)).cpu(),
+    }
+
+
+def _pictures(found: dict[str, Tensor], names: Sequence[str], dataset: Any) -> list[PictureAudit]:
+    views = {view: found[view].exp() for view in ("whole", "foreground", "background")}
+    answers = {view: p.argmax(-1) for view, p in views.items()}
+    own = torch.arange(len(found["labels"]))
+    says = found["background"][own, answers["whole"]]  # (N,) of the answer, by this background
+    others = (found["background"].sum(0)[answers["whole"]] - says) / max(1, len(own) - 1)
+    divergence, entropy = L.kl_divergence(found["whole"], found["foreground"]), L.entropy(found["whole"])
+    name_of = getattr(dataset, "_path", None)
+    rows = []
+    for i, label in enumerate(found["labels"].tolist()):
+        index = int(found["index"][i])
+        rows.append(
+            PictureAudit(
+                index=index,
+                name=str(name_of(index)) if callable(name_of) else str(index),
+                label=names[label],
+                answer=names[int(answers["whole"][i])],
+                answer_foreground=names[int(answers["foreground"][i])],
+                answer_background=names[int(answers["background"][i])],
+                p_whole=float(views["whole"][i, label]),
+                p_foreground=float(views["foreground"][i, label]),
+                p_background=float(views["background"][i, label]),
+                lean=float(says[i] - others[i]),
+                d_fg=float(divergence[i]),
+                entropy=float(entropy[i]),
+                area=float(found["area"][i]),
+                attention_in_mask=float(found["attention"][i]),
+                relevance_in_mask=float(found["relevance"][i]),
+            )
+        )
+    return rows
+
+
+def _class(
+    found: dict[str, Tensor], label: int | None, name: str, leaning: tuple[float, float] = (0.0, 0.0)
+) -> ClassAudit:
+    labels = found["labels"]
+    mine = labels == label if label is not None else torch.ones_like(labels, dtype=torch.bool)
+
+    def right(view: str) -> float:
+        return 100 * float((found[view][mine].argmax(-1) == labels[mine]).float().mean())
+
+    if label is not None:
+        leaning = _leaning(found["background"][mine, label], found["background"][~mine, label])
+    return ClassAudit(
+        name=name,
+        pictures=int(mine.sum()),
+        whole=right("whole"),
+        foreground=right("foreground"),
+        background=right("background"),
+        lean=leaning[0],
+        evidence=leaning[1],
+        d_fg=float(L.kl_divergence(found["whole"], found["foreground"])[mine].mean()),
+        entropy=float(L.entropy(found["whole"])[mine].mean()),
+        area=float(found["area"][mine].mean()),
+        attention_in_mask=float(found["attention"][mine].mean()),
+        relevance_in_mask=float(found["relevance"][mine].mean()),
+    )
+
+
+def _leaning(own: Tensor, others: Tensor) -> tuple[float, float]:
+    """Difference of means, and the same in standard errors (Welch's t)."""
+    if len(own) == 0 or len(others) == 0:
+        return float("nan"), float("nan")
+    lean = float(own.mean() - others.mean())
+    if len(own) < 2 or len(others) < 2:
+        return lean, float("nan")
+    error = float((own.var() / len(own) + others.var() / len(others)).sqrt())
+    return lean, lean / max(error, SMALLEST_ERROR)
+
+
+def _mean(values: list[float]) -> float:
+    known = [v for v in values if v == v]
+    return sum(known) / len(known) if known else float("nan")
+
+
+@contextlib.contextmanager
+def _as_found(model: FVGModel | Tuner) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,203 @@
+"""The audit: figures against naive ones, a planted shortcut found, and what is left as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CLIPModel
+from typer.testing import CliRunner
+
+from conftest import small_config
+from fvg_adapter import FVGConfig, wrap
+from fvg_adapter.audit import Audit, audit
+from fvg_adapter.cli import app
+from fvg_adapter.errors import FVGError
+from fvg_adapter.reports import write_report
+from fvg_adapter.tuners import External, ZeroShot
+from fvg_adapter.visualize import overlay
+
+NAMES = ["cat", "dog", "car"]
+
+
+class Pictures(torch.utils.data.Dataset[dict[str, Any]]):
+    """Noise with a mask in a corner; class k of `planted` has background k everywhere."""
+
+    def __init__(self, count: int = 12, planted: tuple[int, ...] = (), masks: bool = True) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.classes, self.labels = NAMES, [i % 3 for i in range(count)]
+        self.pixels = torch.randn(count, 3, 32, 32, generator=generator)
+        self.masks = torch.zeros(count, 1, 32, 32)
+        self.masks[:, :, 4:20, 6:22] = 1
+        for i, label in enumerate(self.labels):
+            if label in planted:
+                self.pixels[i] = torch.where(self.masks[i] > 0, self.pixels[i], torch.tensor(float(label + 1)))
+        self.with_masks = masks
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        item = {"pixel_values": self.pixels[i], "labels": self.labels[i]}
+        return {**item, "foreground_mask": self.masks[i]} if self.with_masks else item
+
+
+@pytest.fixture
+def tuner(small_clip: CLIPModel, tokenizer: Any) -> ZeroShot:
+    return ZeroShot(small_clip, tokenizer, NAMES)
+
+
+def test_figures_are_the_naive_ones(tuner: ZeroShot) -> None:
+    data = Pictures()
+    found = audit(tuner, data, batch_size=5)
+    with torch.no_grad():
+        whole = tuner(data.pixels).logits.softmax(-1)
+        fg = tuner(data.pixels * data.masks).logits.softmax(-1)
+        bg = tuner(data.pixels * (1 - data.masks)).logits.softmax(-1)
+    for i, row in enumerate(found.pictures):
+        label = data.labels[i]
+        assert row.index == i and row.label == NAMES[label] and row.answer == NAMES[int(whole[i].argmax())]
+        assert row.answer_foreground == NAMES[int(fg[i].argmax())]
+        assert row.answer_background == NAMES[int(bg[i].argmax())]
+        given = (row.p_whole, row.p_foreground, row.p_background)
+        assert given == pytest.approx([float(p[i, label]) for p in (whole, fg, bg)], abs=1e-5)
+        assert row.d_fg == pytest.approx(float((whole[i] * (whole[i] / fg[i]).log()).sum()), abs=1e-4)
+        assert row.entropy == pytest.approx(float(-(whole[i] * whole[i].log()).sum()), abs=1e-4)
+        says = bg[:, int(whole[i].argmax())].log()
+        assert row.lean == pytest.approx(float(says[i] - says[torch.arange(12) != i].mean()), abs=1e-4)
+        assert row.area == 0.25 and 0 <= row.attention_in_mask <= 1 and 0 <= row.relevance_in_mask <= 1
+    for entry in found.classes:
+        mine = torch.tensor(data.labels) == NAMES.index(entry.name)
+        says = bg[:, NAMES.index(entry.name)].log()
+        own, others = says[mine], says[~mine]
+        assert entry.pictures == 4
+        assert entry.lean == pytest.approx(float(own.mean() - others.mean()), abs=1e-4)
+        t = (own.mean() - others.mean()) / (own.var() / 4 + others.var() / 8).sqrt()
+        assert entry.evidence == pytest.approx(float(t), abs=1e-3)
+        right = (bg.argmax(-1) == torch.tensor(data.labels))[mine].float().mean()
+        assert entry.background == pytest.approx(100 * float(right))
+    assert [c.evidence for c in found.classes] == sorted((c.evidence for c in found.classes), reverse=True)
+    assert found.summary.pictures == 12 and found.left_out == 0
+    assert found.summary.whole == pytest.approx(
+        100 * float((whole.argmax(-1) == torch.tensor(data.labels)).float().mean())
+    )
+    assert [p.lean for p in found.leaning(3)] == sorted((p.lean for p in found.pictures), reverse=True)[:3]
+    json.dumps(found.to_json())
+
+
+class Biased(nn.Module):
+    """A model that knows class 1 by its background and the others by nothing but a constant."""
+
+    def image(self, pixels: Tensor) -> Tensor:
+        level = pixels.flatten(2).median(-1).values.mean(1)  # what most of the picture is
+        return torch.stack(
+            [torch.ones_like(level), torch.where(level > 1.5, 3.0, 0.0), 0.5 * torch.ones_like(level)], 1
+        )
+
+
+def test_a_planted_shortcut_comes_first(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    clip, biased = CLIPModel(small_config()).eval(), Biased()
+
+    def text(names: Any) -> Tensor:
+        return torch.eye(3)[[NAMES.index(n) for n in names]]
+
+    def seen(pixels: Tensor) -> Tensor:  # the CLIP runs, so that there is attention to see
+        clip.vision_model(pixel_values=pixels)
+        return biased.image(pixels)
+
+    tuner = External(seen, text, classes=NAMES, clip=clip, tokenizer=tokenizer, logit_scale=5.0, feature_dim=3)
+    found = audit(tuner, Pictures(30, planted=(1,)), relevance=False)
+    assert found.classes[0].name == "dog" and found.classes[0].background == 100
+    assert found.classes[0].lean > 1 > found.classes[1].lean
+    assert {p.label for p in found.leaning(10)} == {"dog"}
+    assert math.isnan(found.summary.relevance_in_mask)
+
+
+def test_fvg_models_and_class_lists(tuner: ZeroShot) -> None:
+    model = wrap(tuner, config=FVGConfig())
+    before = [m.training for m in model.modules()]
+    found = audit(model, Pictures())
+    assert found.branch == "base" and found.summary.relevance_in_mask == found.summary.relevance_in_mask
+    assert [m.training for m in model.modules()] == before and model.classes == tuple(NAMES)
+    data = Pictures()
+    data.classes = ["cat", "fox", "owl"]
+    assert audit(model, data).branch == "joint"
+    assert model.classes == tuple(NAMES)
+
+
+def test_gradients_reach_pixels_that_ask_for_them(tuner: ZeroShot, pixels: Tensor) -> None:
+    model = wrap(tuner).eval()
+    pixels.requires_grad_()
+    model(pixels).logits[:, 0].sum().backward()
+    assert pixels.grad is not None and pixels.grad.abs().sum() > 0
+    assert all(p.grad is None for p in tuner.parameters())
+
+
+def test_pictures_without_masks_are_left_out_and_counted(tuner: ZeroShot) -> None:
+    data = Pictures()
+    data.masks[:5] = 0
+    found = audit(tuner, data)
+    assert found.left_out == 5 and [p.index for p in found.pictures] == list(range(5, 12))
+    assert isinstance(found, Audit)
+    with pytest.raises(FVGError, match="none of the 12 pictures has a usable mask"):
+        audit(tuner, Pictures(masks=False))
+
+
+def test_what_cannot_be_audited(tuner: ZeroShot) -> None:
+    data = Pictures()
+    data.classes = ["cat"]
+    with pytest.raises(FVGError, match="at least 2 classes"):
+        audit(tuner, data)
+    data.classes, data.labels = NAMES, [7] * 12
+    with pytest.raises(FVGError, match="label 7 is out of range"):
+        audit(tuner, data)
+    assert not any(m._forward_hooks for m in tuner.clip.modules())
+
+
+# -- report and command ------------------------------------------------------------------------------------------------
+
+
+def test_report_shows_pictures_and_escapes_names(tuner: ZeroShot, tmp_path: Any) -> None:
+    data = Pictures()
+    data.classes = ["cat", "<b>dog", "car"]
+    found = audit(tuner, data)
+    page = write_report(tmp_path / "a" / "report.html", found, tuner, data, title="x <y>", pictures=3).read_text(
+        "utf-8"
+    )
+    assert page.count("data:image/png;base64,") == 6 and page.count("<tr") == 5
+    assert "<b>dog" not in page and "&lt;b&gt;dog" in page and "x &lt;y&gt;" in page
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["report.html"]
+
+
+def test_overlay_changes_what_it_should(pixels: Tensor) -> None:
+    attention = torch.zeros(4, 4)
+    attention[0, 0] = 1
+    plain_picture = overlay(pixels[0])
+    with_map, with_mask = overlay(pixels[0], attention), overlay(pixels[0], mask=torch.eye(2))
+    assert plain_picture.size == (32, 32) == with_map.size
+    bright, dark = with_map.getpixel((1, 1)), with_map.getpixel((30, 30))
+    assert sum(bright) > sum(dark)
+    assert with_mask.getpixel((16, 8)) == (227, 0, 125) and with_mask.getpixel((4, 4)) == plain_picture.getpixel((4, 4))
+    assert overlay(plain_picture).tobytes() == plain_picture.tobytes()
+    with pytest.raises(FVGError, match=r"attention must be one map \(h, w\), but has shape \(2, 4, 4\)"):
+        overlay(pixels[0], torch.zeros(2, 4, 4))
+
+
+def test_the_command(tmp_path: Any) -> None:
+    run = CliRunner().invoke
+    command = ["audit", "examples/pocket/model", "examples/pocket/data", "--plain", "--output", str(tmp_path), "--json"]
+    result = run(app, [*command, "--no-relevance"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    written = json.loads((tmp_path / "audit.json").read_text("utf-8"))
+    assert told["summary"]["pictures"] == written["summary"]["pictures"] > 100
+    assert "Pictures that lean" in (tmp_path / "report.html").read_text("utf-8")
+    shown = run(app, [*command[:4], "--no-relevance", "--top", "2"])
+    assert shown.exit_code == 0 and "right on whole pictures" in " ".join(shown.stdout.split())
+    missing = run(app, ["audit", "examples/pocket/model", "examples/pocket/data"])
+    assert missing.exit_code == 2
