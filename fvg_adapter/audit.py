@@ -191,7 +191,7 @@ def _batch(model: FVGModel | Tuner, items: Any, layers: Any, relevance: bool, ou
         answer = whole.argmax(-1)
         relevant = record.relevance(whole.gather(1, answer[:, None])[:, 0]) if relevance else None
     attention = record.attention().mean((1, 2))  # (B, h, w)
-    views = [foreground_view(pixels, part, outside=outside, **normal) for part in (mask, 1 - mask)]  # type: ignore[arg-type]
+    views = [foreground_view(pixels, part, outside=outside, **normal) for part in (mask, 1 - mask)]
     foreground, background = (model(view).logits for view in views)
     none = torch.full_like(area, float("nan"))
     return {

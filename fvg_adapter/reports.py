@@ -58,8 +58,8 @@ def write_report(
     body = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{html.escape(in_words(found))}</p>",
-        "<p>Lean: how much more the background alone says a class's name than backgrounds of other classes do. Evidence: "
-        "the same in standard errors. An even map would have the mask's area inside the mask.</p>",
+        "<p>Lean: how much more the background alone says a class's name than backgrounds of other classes do. "
+        "Evidence: the same in standard errors. An even map would have the mask's area inside the mask.</p>",
         _table([*found.classes, found.summary]),
         "<h2>Pictures that lean on the background most</h2>",
         "<p>Left attention, right class relevance of the answer; the object is outlined.</p>",
@@ -118,10 +118,8 @@ def _figure(row: PictureAudit, model: FVGModel | Tuner, dataset: Any, outside: s
     attention = record.attention().mean((1, 2))[0]
     config = getattr(model, "config", None)
     normal = {} if config is None else {"mean": config.image_mean, "std": config.image_std}
-    images = "".join(
-        _image(overlay(item["pixel_values"], shown, item["foreground_mask"], **normal))
-        for shown in (attention, relevance)
-    )
+    maps = (attention, relevance)
+    images = "".join(_image(overlay(item["pixel_values"], shown, item["foreground_mask"], **normal)) for shown in maps)
     text = (
         f"{row.label}: whole “{row.answer}”, object “{row.answer_foreground}”, background “{row.answer_background}”; "
         f"lean {row.lean:+.2f}, D_fg {row.d_fg:.2f}, {Path(row.name).name}"
@@ -132,4 +130,5 @@ def _figure(row: PictureAudit, model: FVGModel | Tuner, dataset: Any, outside: s
 def _image(picture: Any) -> str:
     stream = io.BytesIO()
     picture.resize((SIDE, SIDE)).save(stream, "PNG")
-    return f'<img width={SIDE} height={SIDE} alt="" src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"> '
+    data = base64.b64encode(stream.getvalue()).decode()
+    return f'<img width={SIDE} height={SIDE} alt="" src="data:image/png;base64,{data}"> '

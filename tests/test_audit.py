@@ -13,6 +13,7 @@ from transformers import CLIPModel
 from typer.testing import CliRunner
 
 from conftest import small_config
+from examples.pocket import planted
 from fvg_adapter import FVGConfig, wrap
 from fvg_adapter.audit import Audit, audit
 from fvg_adapter.cli import app
@@ -201,3 +202,10 @@ def test_the_command(tmp_path: Any) -> None:
     assert shown.exit_code == 0 and "right on whole pictures" in " ".join(shown.stdout.split())
     missing = run(app, ["audit", "examples/pocket/model", "examples/pocket/data"])
     assert missing.exit_code == 2
+
+
+def test_the_pocket_suites_planted_classes_come_first() -> None:
+    train, test, plan = planted.compose_planted("fruit_vegetables", 1)
+    tuner = planted.tuned("CoOp, a context a class", train, 1)
+    figures = planted.ranked(tuner, test, plan)
+    assert figures["AUROC"] > 0.9 and figures["evidence, planted"] > 2 * figures["evidence, others"]

@@ -20,6 +20,17 @@ from examples.pocket.suite import HERE, SETTINGS, SPLITS, THREE, run
 
 PAGE = HERE.parent.parent / "docs" / "results.md"
 MEASURED = HERE / "measured"
+MAPS = """On base-class test pictures with random backgrounds (`python -m examples.pocket.maps`, one seed). IoU of the
+mask that a map makes (patches above its mean, as `foreground="attention"` does) with the true one; pointing: how often
+the map's largest value lies on the object; share: of the map's mass that lies inside the mask. The heads stand behind a
+frozen tuner, whose attention is theirs: relevance alone tells FVG-PT from it."""
+SHIFT = """KL(p_full ‖ p_fg) with true masks, the entropy of p_full beside it, and the same divergence at the temperature
+that brings the model's mean entropy to plain CLIP's: a flatter softmax lowers D_fg for nothing. x_fg = x is the
+control."""
+PLANTED = """Four base classes have all their pictures on one background each, the others anywhere; how `fvg-adapter
+audit` ranks the classes of new such pictures (`python -m examples.pocket.planted`, three seeds; ranks of the four by
+evidence, one group a run). "In front": share of the four among the first four; AUROC of the ranking; mean evidence
+(Welch's t) of both groups; accuracies in percent on whole pictures, objects alone, backgrounds alone."""
 
 CONTROLS = {
     "fvg [x_fg=x]": "control: x_fg = x",
@@ -124,6 +135,7 @@ def page(output: Path, seeds: Sequence[int]) -> str:
     if (output / "trust.json").exists():
         parts += ["## What becomes of good and of bad masks (CoOp + FVG-PT, random backgrounds)", "", TRUST, ""]
         parts += [*tables.trust_table(tables.read(output / "trust.json")), ""]
+    parts += looking(output)
     if (output / "loop_or_bank.json").exists():
         record = tables.read(output / "loop_or_bank.json")
         parts += [f"## Heads from a bank of four views, and in the loop ({', '.join(record)})", ""]
@@ -139,6 +151,22 @@ def page(output: Path, seeds: Sequence[int]) -> str:
     preconditions = tables.read(HERE / "preconditions.json")["average"]
     parts += ["## Preconditions, measured before any FVG-PT was run", "", *tables.preconditions_table(preconditions)]
     return "\n".join(parts) + "\n"
+
+
+def looking(output: Path) -> list[str]:
+    """Where models look, how far they shift, and whether an audit finds what was planted."""
+    parts: list[str] = []
+    if (output / "maps.json").exists():
+        record = tables.read(output / "maps.json")
+        parts += [f"## Where models look ({', '.join(record)})", "", MAPS, ""]
+        for figure in ("IoU", "pointing", "share"):
+            parts += [*tables.maps_table(record, figure), ""]
+        parts += ["## D_fg, and at matched entropy", "", SHIFT, "", *tables.shift_table(record), ""]
+    if (output / "planted.json").exists():
+        record = tables.read(output / "planted.json")
+        parts += [f"## A planted shortcut and the audit ({', '.join(record)})", "", PLANTED, ""]
+        parts += [*tables.planted_table(record), ""]
+    return parts
 
 
 def main() -> None:

@@ -144,6 +144,50 @@ def trust_table(record: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]
     return lines
 
 
+def maps_table(record: Mapping[str, Any], figure: str) -> list[str]:
+    """{task: {"maps": {model: {map: {figure: [a value a seed]}}}}}: one figure, a row a map and a column a model.
+
+    FVG-PT stands behind a frozen tuner, whose attention is its own: only relevance tells them apart.
+    """
+    first = next(iter(record.values()))["maps"]
+    lines = header(figure, list(first))
+    for kind in next(iter(first.values())):
+        values = [[v for task in record.values() for v in task["maps"][model][kind][figure]] for model in first]
+        lines.append(line(kind, [f"{statistics.fmean(v):.2f}" for v in values]))
+    return lines
+
+
+def shift_table(record: Mapping[str, Any]) -> list[str]:
+    """{task: {"shift": {model: {figure: [a value a seed]}}}}: D_fg, the entropy, and D_fg at plain CLIP's entropy."""
+    first = next(iter(record.values()))["shift"]
+    columns = ["D_fg", "entropy", "D_fg at CLIP's entropy"]
+    lines = header("nats", columns)
+    for model in first:
+        cells = []
+        for name in columns:
+            rows = [task["shift"][model] for task in record.values()]
+            values = [v for row in rows for v in row.get(name, row["D_fg"])]
+            cells.append(f"{statistics.fmean(values):.3f}")
+        lines.append(line(model, cells))
+    return lines
+
+
+def planted_table(record: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> list[str]:
+    """{task: {model: [figures a seed]}}: where the audit ranked the planted classes, mean over tasks and seeds."""
+    first = next(iter(record.values()))
+    columns = [name for name in next(iter(first.values()))[0] if name != "ranks"]
+    lines = header("model audited", ["ranks of the planted classes", *columns])
+    for model in first:
+        runs = [run for task in record.values() for run in task[model]]
+        ranks = "; ".join(", ".join(map(str, run["ranks"])) for run in runs)
+        cells = []
+        for name in columns:
+            value = statistics.fmean(run[name] for run in runs)
+            cells.append(f"{value:.2f}" if name in ("in front", "AUROC") else f"{value:.1f}")
+        lines.append(line(model, [ranks, *cells]))
+    return lines
+
+
 def ways_table(record: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> list[str]:
     """{task: {way: {figure: [a value a seed]}}}: mean and standard deviation over seeds of the average over tasks."""
     first = next(iter(record.values()))
