@@ -19,4 +19,5 @@ def on_page_content(content: str, **unused: Any) -> str:
 def _mathml(found: re.Match[str]) -> str:
     block = found[1] == "div"
     tex = html.unescape(found[2]).strip()[2:-2]  # without \( \) or \[ \]
-    return convert(tex, display="block" if block else "inline")
+    made = convert(tex, display="block" if block else "inline")
+    return f'<div style="margin: 1.2em 0; overflow-x: auto">{made}</div>' if block else made
