@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,16 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     anchors = "".join(page.read_text("utf-8") for page in (tmp_path / "api").rglob("*.html"))
     assert not [name for name in public_names() if f'id="{name}"' not in anchors]
     assert "<math" in (tmp_path / "equations" / "index.html").read_text("utf-8")
+
+
+def test_relative_links_outside_the_site_lead_somewhere() -> None:
+    """mkdocs checks those of docs/; these are the other pages that readers open."""
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "examples").glob("*/README.md"))]
+    links = [
+        (page, link.partition("#")[0])
+        for page in pages
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))
+        if "://" not in link and not link.startswith("#")
+    ]
+    assert len(links) >= 8
+    assert not [(page.name, link) for page, link in links if not (page.parent / link).exists()]

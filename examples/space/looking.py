@@ -7,22 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from fvg_adapter import FVGModel, load, record_attention
 from fvg_adapter.data import PairedTransform, UnreadableImageError
 from fvg_adapter.data.images import read_picture
 from fvg_adapter.errors import FVGError
 from fvg_adapter.foreground import attention_mask_from_map
+from fvg_adapter.visualize import overlay
 
 MAX_BYTES = 20 * 2**20
 MAX_CLASSES = 200
 SHOWN = 384  # pixels of a side of the pictures on the page
 TOP = 5
-ACCENT = np.array([228, 0, 124])  # the mask's outline
 
 
 @dataclass(frozen=True)
@@ -118,10 +116,10 @@ def look(model: FVGModel, picture: Image.Image, classes: list[str]) -> Look:
     tuned = output.foreground_attention
     kind = tuner.kind
     pictures = [
-        (_heat(seen, clip_map[0]), "CLIP: attention"),
-        (_heat(seen, tuned[0]), f"{kind}: attention"),
-        (_heat(seen, tuned[0] * _patches(mask, tuned.shape[-2:])[0]), "FVG-PT: attention in the mask"),
-        (_outlined(seen, mask[0, 0].cpu().numpy() > 0.5), "The mask"),
+        (overlay(seen, clip_map[0]), "CLIP: attention"),
+        (overlay(seen, tuned[0]), f"{kind}: attention"),
+        (overlay(seen, tuned[0] * _patches(mask, tuned.shape[-2:])[0]), "FVG-PT: attention in the mask"),
+        (overlay(_pale_outside(seen, mask[0, 0]), mask=mask[0]), "The mask"),
     ]
     assert gates.foreground_trust is not None and gates.prior_trust is not None
     return Look(
@@ -138,11 +136,11 @@ def _top(logits: torch.Tensor, classes: list[str]) -> dict[str, float]:
     return {classes[i]: p for i, p in zip(indices.tolist(), values.tolist(), strict=True)}
 
 
-def _seen(pixels: torch.Tensor, mean: Any, std: Any) -> np.ndarray:
-    """Normalised pixels (3, H, W) back to RGB (SHOWN, SHOWN, 3), uint8: the crop that the model sees."""
+def _seen(pixels: torch.Tensor, mean: Any, std: Any) -> Image.Image:
+    """Normalised pixels (3, H, W) back to a picture SHOWN pixels wide: the crop that the model sees."""
     image = pixels.cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    return np.asarray(Image.fromarray(array).resize((SHOWN, SHOWN), Image.Resampling.BICUBIC))
+    return Image.fromarray(array).resize((SHOWN, SHOWN), Image.Resampling.BICUBIC)
 
 
 def _patches(mask: torch.Tensor, grid: torch.Size) -> torch.Tensor:
@@ -150,21 +148,7 @@ def _patches(mask: torch.Tensor, grid: torch.Size) -> torch.Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(mask, tuple(grid))[:, 0]
 
 
-def _heat(seen: np.ndarray, attention: torch.Tensor) -> Image.Image:
-    """A map (h, w), from its smallest to its largest value, over the picture."""
-    values = attention.cpu().float()
-    values = (values - values.min()) / (values.max() - values.min()).clamp_min(1e-12)
-    large = Image.fromarray(values.numpy()).resize((SHOWN, SHOWN), Image.Resampling.BILINEAR)
-    share = np.asarray(large)[..., None]  # (SHOWN, SHOWN, 1): the more attention, the less of the picture shows through
-    heat = matplotlib.colormaps["inferno"](share[..., 0])[..., :3] * 255
-    opacity = 0.3 + 0.45 * share
-    return Image.fromarray(((1 - opacity) * seen + opacity * heat).round().astype(np.uint8))
-
-
-def _outlined(seen: np.ndarray, mask: np.ndarray) -> Image.Image:
-    """The picture, pale outside the mask, with the mask's outline."""
-    large = np.asarray(Image.fromarray(mask).resize((SHOWN, SHOWN), Image.Resampling.NEAREST))
-    inner = np.asarray(Image.fromarray(large).convert("L").filter(ImageFilter.MinFilter(5))) > 0
-    shown = np.where(large[..., None], seen, (0.3 * seen + 0.7 * 255)).astype(np.uint8)
-    shown[large & ~inner] = ACCENT
-    return Image.fromarray(shown)
+def _pale_outside(seen: Image.Image, mask: torch.Tensor) -> Image.Image:
+    """The picture, nearly white where the mask (H, W) is 0."""
+    inside = Image.fromarray((mask > 0.5).cpu().numpy()).resize(seen.size, Image.Resampling.NEAREST)
+    return Image.composite(seen, Image.blend(seen, Image.new("RGB", seen.size, "white"), 0.7), inside)

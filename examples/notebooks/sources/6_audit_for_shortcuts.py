@@ -17,7 +17,7 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer
 
 from fvg_adapter import FeatureBank, evaluate, wrap
-from fvg_adapter.data import MaskedImageFolder, base_new_split, collate, few_shot_indices, transform_for
+from fvg_adapter.data import MaskedImageFolder, base_new_split, few_shot_indices, transform_for
 from fvg_adapter.foreground import foreground_view
 from fvg_adapter.train import fit
 from fvg_adapter.tuners import CoOp, Stage, ZeroShot
@@ -75,22 +75,35 @@ plt.show()
 # D_fg is KL(whole picture ‖ foreground alone): how far answers move when the background is taken away. Read it beside the entropy, since
 # a flatter softmax lowers it for nothing. CoOp and FVG-PT leave the image tower alone, so all three share one attention.
 #
+# ## Which classes lean on their background?
+# `audit` scores every picture whole, without its background, and without its object. A class leans on its background where the background
+# alone says its name; the evidence is how sure that is, in standard errors. From the command line: `fvg-adapter audit ADAPTER DATA`.
+
+# %%
+from fvg_adapter.audit import audit
+
+home = MaskedImageFolder(DATA, SPLITS[0], classes=train.classes, transform=transform_for(size, train=False))
+seen = home.keep_classes(base)
+audits = {name: audit(scored, seen, relevance=False) for name, scored in models.items()}
+for name, report in audits.items():
+    total = report.summary
+    print(
+        f"{name}: {total.whole:.1f} % whole, {total.foreground:.1f} % object alone, {total.background:.1f} % background alone"
+    )
+    for suspect in report.classes[:3]:
+        print(f"    {suspect.name:12} lean {suspect.lean:5.2f} nats, evidence {suspect.evidence:5.1f}")
+
+# %% [markdown]
 # ## Right for the wrong reason
 # Pictures that a model names rightly as a whole, and wrongly when only the object is shown:
 
 # %%
-home = MaskedImageFolder(DATA, "test_home", classes=train.classes, transform=transform_for(size, train=False))
-seen = home.keep_classes(base)
-batch = collate([seen[i] for i in range(len(seen))])
-pixels, labels, masks = batch["pixel_values"], batch["labels"], batch["foreground_mask"]
-views = foreground_view(pixels, masks)
-suspects = {}
-for name, scored in models.items():
-    scored.eval()
-    with torch.no_grad():
-        whole, alone = scored(pixels).logits.argmax(-1), scored(views).logits.argmax(-1)
-    suspects[name] = (whole == labels) & (alone != labels)
-    print(f"{name:15} {int(suspects[name].sum())} of {int((whole == labels).sum())} right answers need the background")
+suspects = {
+    name: [p for p in report.pictures if p.answer == p.label != p.answer_foreground] for name, report in audits.items()
+}
+for name, report in audits.items():
+    right = sum(p.answer == p.label for p in report.pictures)
+    print(f"{name:15} {len(suspects[name])} of {right} right answers need the background")
 
 # %%
 mean, std = torch.tensor(model.config.image_mean), torch.tensor(model.config.image_std)
@@ -100,15 +113,14 @@ def shown(image: torch.Tensor) -> torch.Tensor:
     return (image * std.view(3, 1, 1) + mean.view(3, 1, 1)).clamp(0, 1).permute(1, 2, 0)
 
 
-wrong = suspects["CoOp"].nonzero().flatten()[:6].tolist()
 figure, axes = plt.subplots(2, 6, figsize=(8, 3), squeeze=False, layout="constrained")
-with torch.no_grad():
-    answers = tuner(views).logits.argmax(-1)
-for column, index in enumerate(wrong):
-    axes[0, column].imshow(shown(pixels[index]))
-    axes[0, column].set_title(few.classes[int(labels[index])], fontsize=8, color="darkgreen")
-    axes[1, column].imshow(shown(views[index]))
-    axes[1, column].set_title(few.classes[int(answers[index])], fontsize=8, color="firebrick")
+for column, picture in enumerate(sorted(suspects["CoOp"], key=lambda p: -p.lean)[:6]):
+    item = seen[picture.index]
+    view = foreground_view(item["pixel_values"][None], item["foreground_mask"][None])[0]
+    axes[0, column].imshow(shown(item["pixel_values"]))
+    axes[0, column].set_title(picture.label, fontsize=8, color="darkgreen")
+    axes[1, column].imshow(shown(view))
+    axes[1, column].set_title(picture.answer_foreground, fontsize=8, color="firebrick")
 for axis in axes.flat:
     axis.set_axis_off()
 figure.suptitle("CoOp: right with the background (above), wrong without it (below)", fontsize=9)
