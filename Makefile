@@ -4,7 +4,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-slow test-low check benchmarks clean
+.PHONY: demo test test-slow test-browser test-low check docs notebooks benchmarks clean
 
 $(VENV)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -42,8 +42,19 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
+# Needs Chromium (apt-get install chromium).
+test-browser: $(VENV)/.installed
+	$(BIN)/python -m pytest -m browser
+
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict --quiet
+
+# Runs the notebooks' sources again and keeps their pictures.
+notebooks: $(VENV)/.installed
+	$(BIN)/python -m examples.notebooks.build
+
 test-low: $(VENV)-low/.installed
 	$(VENV)-low/bin/python -m pytest
 
 clean:
-	rm -rf $(VENV) $(VENV)-low output build dist
+	rm -rf $(VENV) $(VENV)-low output build dist site

@@ -60,9 +60,9 @@ class AttentionProbe:
     def __init__(
         self, encoder: DualEncoder | nn.Module, layers: Layers = (-1,), first_patch: FirstPatch | None = None
     ) -> None:
-        self.encoder = encoder if isinstance(encoder, DualEncoder) else DualEncoder(encoder)
+        self.encoder: DualEncoder = encoder if isinstance(encoder, DualEncoder) else DualEncoder(encoder)
         pooling = self.encoder.pooling_attention
-        self.layers = _resolve(layers, len(pooling), self.encoder.layout.head is not None)
+        self.layers: tuple[int, ...] = _resolve(layers, len(pooling), self.encoder.layout.head is not None)
         self._first_patch = first_patch
         modules = [pooling[layer] for layer in self.layers]
         self._handles = [self.encoder.vision_embeddings.register_forward_pre_hook(self._begin, with_kwargs=True)]

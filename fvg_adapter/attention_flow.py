@@ -39,7 +39,8 @@ class Flow:
     def __init__(
         self, encoder: DualEncoder, first_patch: FirstPatch, *, rollout: bool, relevance: Sequence[int] | None
     ) -> None:
-        self.encoder, self._first_patch, self._rollout = encoder, first_patch, rollout
+        self.encoder: DualEncoder = encoder
+        self._first_patch, self._rollout = first_patch, rollout
         self._wanted = relevance
         self._thread = threading.get_ident()
         self._grid: tuple[int, int] | None = None

@@ -61,10 +61,10 @@ class FeatureBank(Dataset[dict[str, Any]]):
     ) -> None:
         self._parts = [features] if isinstance(features, dict) else list(features)
         self._starts = [0, *itertools.accumulate(len(part["image"]) for part in self._parts)]
-        self.labels = [int(label) for label in labels]
-        self.classes = list(classes)
+        self.labels: list[int] = [int(label) for label in labels]
+        self.classes: list[str] = list(classes)
         self.fingerprint = fingerprint
-        self.settings = dict(settings or {})
+        self.settings: dict[str, Any] = dict(settings or {})
 
     @property
     def features(self) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ class BottleneckAdapter(nn.Module):
 
     def __init__(self, dim: int, bottleneck: int = 64, init_std: float = 1e-3) -> None:
         super().__init__()
-        self.down = nn.Linear(dim, bottleneck)
-        self.up = nn.Linear(bottleneck, dim)
+        self.down: nn.Linear = nn.Linear(dim, bottleneck)
+        self.up: nn.Linear = nn.Linear(bottleneck, dim)
         nn.init.normal_(self.up.weight, std=init_std)
         nn.init.zeros_(self.up.bias)
 
@@ -39,8 +39,8 @@ class ReliabilityGate(nn.Module):
 
     def __init__(self, hidden: int = 32) -> None:
         super().__init__()
-        self.hidden = nn.Linear(N_CUES, hidden)
-        self.out = nn.Linear(hidden, 1)
+        self.hidden: nn.Linear = nn.Linear(N_CUES, hidden)
+        self.out: nn.Linear = nn.Linear(hidden, 1)
 
     def forward(self, cues: Tensor) -> Tensor:
         """Gate logits (B,) of cues (B, 3)."""

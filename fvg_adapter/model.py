@@ -69,14 +69,14 @@ class FVGModel(nn.Module, Pretrained):
         self.config = config
         self.foreground = foreground
         self._source = source
-        self.base_classes = tuple(base_classes or tuner.base_classes)
+        self.base_classes: tuple[str, ...] = tuple(base_classes or tuner.base_classes)
         self._seen: tuple[tuple[tuple[str, ...], tuple[str, ...]], list[bool]] | None = None
         self.wraps_clip = False
         dim, device = tuner.encoder.feature_dim, tuner.encoder.device
-        self.visual_adapter = BottleneckAdapter(dim, config.bottleneck, config.init_std)
-        self.text_adapter = BottleneckAdapter(dim, config.bottleneck, config.init_std)
-        self.foreground_gate = ReliabilityGate(config.gate_hidden)
-        self.backbone_gate = ReliabilityGate(config.gate_hidden)
+        self.visual_adapter: BottleneckAdapter = BottleneckAdapter(dim, config.bottleneck, config.init_std)
+        self.text_adapter: BottleneckAdapter = BottleneckAdapter(dim, config.bottleneck, config.init_std)
+        self.foreground_gate: ReliabilityGate = ReliabilityGate(config.gate_hidden)
+        self.backbone_gate: ReliabilityGate = ReliabilityGate(config.gate_hidden)
         for head in self._heads():
             head.to(device)
         self._found_classes = tuner.classes

@@ -62,8 +62,8 @@ class Hold:
         if shared is None:
             shared = _HELD[module] = _Shared(Found.of(module), 0)
         shared.holders += 1
-        self.found = shared.found
-        self.released = False
+        self.found: Found = shared.found
+        self.released: bool = False
 
     def release(self, module: nn.Module) -> None:
         """Gives the module back; a second call does nothing."""

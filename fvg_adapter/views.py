@@ -56,7 +56,10 @@ class ViewEncoder:
     """Encodes batches for one model; holds no tensors."""
 
     def __init__(self, tuner: Tuner, config: FVGConfig, probe: AttentionProbe, *, learning: bool) -> None:
-        self.tuner, self.config, self.probe, self.learning = tuner, config, probe, learning
+        self.tuner: Tuner = tuner
+        self.config: FVGConfig = config
+        self.probe: AttentionProbe = probe
+        self.learning: bool = learning
 
     def encode(
         self,

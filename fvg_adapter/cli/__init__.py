@@ -16,7 +16,7 @@ from fvg_adapter.cli.training import train_and_compare
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="fvg-adapter",
     no_args_is_help=True,
     add_completion=False,

@@ -28,10 +28,12 @@ class OtherMasks(Dataset[dict[str, Any]]):
     def __init__(self, dataset: Any, seed: int, share: float = 1.0) -> None:
         if not 0 <= share <= 1:
             raise DataError(f"share must lie in [0, 1], but is {share}.")
-        self.dataset, self.classes, self.labels = dataset, dataset.classes, dataset.labels
+        self.dataset: Any = dataset
+        self.classes: list[str] = dataset.classes
+        self.labels: list[int] = dataset.labels
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         chosen = order[: round(share * len(order))]
-        self.other = dict(zip(chosen.tolist(), chosen.roll(1).tolist(), strict=True))
+        self.other: dict[int, int] = dict(zip(chosen.tolist(), chosen.roll(1).tolist(), strict=True))
 
     def __len__(self) -> int:
         return len(self.dataset)

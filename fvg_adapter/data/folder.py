@@ -57,18 +57,21 @@ class MaskedImageFolder(MaskedDataset):
         classes: Sequence[str] | None = None,
     ) -> None:
         check_masks_policy(masks)
-        self.root = Path(os.path.abspath(Path(root).expanduser()))  # noqa: PTH100 (resolve() would follow links)
+        self.root: Path = Path(os.path.abspath(Path(root).expanduser()))  # noqa: PTH100 (resolve() would follow links)
         self.transform = transform
         here = split_folder(self.root, split)
+        self.classes: list[str]
         self.classes, labels = resolve_classes(self.root, split, classes)
         by_label = sorted((label, folder) for folder, label in labels.items())
-        self.samples = [Sample(path, label) for label, folder in by_label for path in pictures(here / folder)]
+        self.samples: list[Sample] = [
+            Sample(path, label) for label, folder in by_label for path in pictures(here / folder)
+        ]
         if not self.samples:
             raise DataError(f"The {len(labels)} class folders in {here} hold no pictures: {listed(sorted(labels))}.")
         if masks != "none":
             self._find_masks(MaskFinder(self.root, here), required=masks == "require")
-        self.has_masks = any(sample.mask is not None for sample in self.samples)
-        self.labels = [sample.label for sample in self.samples]
+        self.has_masks: bool = any(sample.mask is not None for sample in self.samples)
+        self.labels: list[int] = [sample.label for sample in self.samples]
 
     def raw(self, index: int) -> dict[str, Any]:
         """See MaskedDataset.raw; "path" is the picture's file."""

@@ -54,7 +54,9 @@ class MaskedHubDataset(MaskedDataset):
         self._image = image
         self._mask = mask if mask in columns and masks != "none" else None
         self._masks_required = masks == "require"
-        self.has_masks = self._mask is not None
+        self.has_masks: bool = self._mask is not None
+        self.classes: list[str]
+        self.labels: list[int]
         self.classes, self.labels = _labels(dataset, label, classes)
         self._dataset = _undecoded(dataset, [image] if self._mask is None else [image, self._mask])
         self._rows = list(range(len(self.labels)))

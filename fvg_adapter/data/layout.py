@@ -111,7 +111,10 @@ class MaskFinder:
     """
 
     def __init__(self, root: Path, split_root: Path) -> None:
-        self.trees = [(root, root / MASK_FOLDER), (root, root.parent / MASK_FOLDER / root.name)]
+        self.trees: list[tuple[Path, Path]] = [
+            (root, root / MASK_FOLDER),
+            (root, root.parent / MASK_FOLDER / root.name),
+        ]
         if split_root != root:
             self.trees.append((split_root, split_root / MASK_FOLDER))
         self._listed: dict[Path, list[str]] = {}

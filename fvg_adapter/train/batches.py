@@ -44,10 +44,14 @@ class Batches(Sampler[list[Key]]):
                 f"{size} pictures cannot be shared out to {world} processes × {accumulate} accumulated batches; "
                 "use fewer of either."
             )
-        self.batch_size = min(batch, size // parts)
-        self.steps = size // (self.batch_size * parts)
-        self.size, self.accumulate, self.world, self.rank, self.seed = size, accumulate, world, rank, seed
-        self.epoch = 0
+        self.batch_size: int = min(batch, size // parts)
+        self.steps: int = size // (self.batch_size * parts)
+        self.size: int = size
+        self.accumulate: int = accumulate
+        self.world: int = world
+        self.rank: int = rank
+        self.seed: int = seed
+        self.epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch the next iteration is of."""
@@ -76,7 +80,8 @@ class Drawn(Dataset[dict[str, Any]]):
     """A data set in which a picture's random augmentation depends on (seed, epoch, index) alone."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+        self.dataset: Any = dataset
+        self.seed: int = seed
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -81,7 +81,11 @@ class AtEpochEnd(TrainerCallback):  # type: ignore[misc]
         then: Callable[[int, Any], None] | None,
         average: GaussianAverage | None,
     ) -> None:
-        self.model, self.epochs, self.every, self.then, self.average = model, epochs, every, then, average
+        self.model: Any = model
+        self.epochs: int = epochs
+        self.every: int | None = every
+        self.then: Callable[[int, Any], None] | None = then
+        self.average: GaussianAverage | None = average
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """The Trainer calls it; saving comes after."""
@@ -102,7 +106,9 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, model: Any, args: Any, recipe: Stage, loader: Loader, at_epoch_end: AtEpochEnd) -> None:
         super().__init__(model=model, args=args, train_dataset=loader.dataset, callbacks=[at_epoch_end])
         self.remove_callback(PrinterCallback)  # a library does not print
-        self.recipe, self.loader, self.at_epoch_end = recipe, loader, at_epoch_end
+        self.recipe: Stage = recipe
+        self.loader: Loader = loader
+        self.at_epoch_end: AtEpochEnd = at_epoch_end
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
 
@@ -125,7 +131,7 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         def factor(step: int) -> float:
             return self.recipe.learning_rate(step // batches.steps) / self.recipe.lr
 
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        self.lr_scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 

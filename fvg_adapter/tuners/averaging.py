@@ -33,8 +33,10 @@ class GaussianAverage:
     def __init__(self, epochs: int, mean: float = 15, std: float = 1) -> None:
         if epochs < 1 or std <= 0:
             raise FVGError(f"a Gaussian average needs at least 1 epoch and std above 0, but got {epochs} and {std}.")
-        self.epochs, self.mean, self.std = epochs, mean, std
-        self.weights = gaussian_weights(epochs, mean, std)
+        self.epochs: int = epochs
+        self.mean: float = mean
+        self.std: float = std
+        self.weights: Tensor = gaussian_weights(epochs, mean, std)
         self._sums: dict[str, Tensor] = {}
         self._seen = 0
 

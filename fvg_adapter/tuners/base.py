@@ -94,7 +94,7 @@ class Tuner(nn.Module, Pretrained):
         self.projection = projection
         self.encoder = encoder
         self.tokenizer = tokenizer
-        self.template = check_template(template)
+        self.template: str = check_template(template)
         self.base_classes = names
         self._classes = names
         self._text_cache = TextCache()

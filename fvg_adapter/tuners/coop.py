@@ -68,7 +68,7 @@ class CoOp(Tuner):
         self._words = words or " ".join(["X"] * n_ctx)
         self._ctx_init, self._n_ctx, self._csc, self._position = words, n_ctx, csc, class_token_position
         super().__init__(model, tokenizer, classes, template=template)
-        self.ctx = nn.Parameter(self._initial_context())
+        self.ctx: nn.Parameter = nn.Parameter(self._initial_context())
         self._handles.append(self.encoder.token_embedding.register_forward_hook(self._insert_context))
 
     def _initial_context(self) -> Tensor:

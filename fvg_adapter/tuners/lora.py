@@ -83,7 +83,7 @@ class LoRA(Tuner):
         if not there:
             self._inject(peft_config if peft_config is not None else clip_lora(self.encoder.layout, towers))
             self._adapter_layers = adapter_layers(model)
-            self.changes_images = adapts_images(self.encoder, self._adapter_layers)
+            self.changes_images: bool = adapts_images(self.encoder, self._adapter_layers)
             for layer in self._adapter_layers:
                 self._handles.append(layer.register_forward_hook(self._suspend, with_kwargs=True))
         self._handles.append(self.encoder.vision_encoder.register_forward_pre_hook(let_gradients_in, with_kwargs=True))

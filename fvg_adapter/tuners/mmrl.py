@@ -104,7 +104,9 @@ class MMRL(Tuner):
 
     def _make_parameters(self) -> None:
         encoder, count, device = self.encoder, len(self._rep_layers), self.encoder.device
-        self.rep_tokens = nn.Parameter(torch.empty(self._n_rep, self._rep_dim, device=device).normal_(std=0.02))
+        self.rep_tokens: nn.Parameter = nn.Parameter(
+            torch.empty(self._n_rep, self._rep_dim, device=device).normal_(std=0.02)
+        )
         to_text = nn.Linear(self._rep_dim, encoder.text_width, device=device)
         to_vision = nn.Linear(self._rep_dim, encoder.vision_width, device=device)
         for name, linear in (("r2t", to_text), ("r2v", to_vision)):
@@ -112,7 +114,7 @@ class MMRL(Tuner):
                 start = getattr(linear, part).detach()
                 self.register_parameter(f"{name}_{part}", nn.Parameter(start.expand(count, *start.shape).clone()))
         start = torch.randn(encoder.vision_width, encoder.feature_dim, device=device)
-        self.proj_rep = nn.Parameter(start * encoder.vision_width**-0.5)  # (d_v, D)
+        self.proj_rep: nn.Parameter = nn.Parameter(start * encoder.vision_width**-0.5)  # (d_v, D)
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 

@@ -82,7 +82,7 @@ class PromptSRC(Tuner):
         self._gpa = (float(gpa_mean), float(gpa_std))
         self._check_sizes()
         super().__init__(model, tokenizer, classes, template=template)
-        self.changes_images = self.changes_images or self._depth_vision > 0
+        self.changes_images: bool = self.changes_images or self._depth_vision > 0
         self._make_parameters()
         self._attach()
 
@@ -121,15 +121,17 @@ class PromptSRC(Tuner):
         deep_text, deep_vision = self._depth_text - 1, self._depth_vision - 1
         if self._ctx_init:
             ids = self.tokenized([self._ctx_init]).input_ids[0, 1 : 1 + self._n_text]
-            self.text_ctx = nn.Parameter(table.detach()[ids.to(table.device)].float().clone())  # (n_ctx_text, d_t)
+            self.text_ctx: nn.Parameter = nn.Parameter(
+                table.detach()[ids.to(table.device)].float().clone()
+            )  # (n_ctx_text, d_t)
         else:
             self.text_ctx = _random(table, self._n_text, encoder.text_width)
         if deep_text:
-            self.text_deep = _random(table, deep_text, self._n_text, encoder.text_width)
+            self.text_deep: nn.Parameter = _random(table, deep_text, self._n_text, encoder.text_width)
         if self._depth_vision:
-            self.vision_ctx = _random(table, self._n_vision, encoder.vision_width)
+            self.vision_ctx: nn.Parameter = _random(table, self._n_vision, encoder.vision_width)
         if deep_vision > 0:
-            self.vision_deep = _random(table, deep_vision, self._n_vision, encoder.vision_width)
+            self.vision_deep: nn.Parameter = _random(table, deep_vision, self._n_vision, encoder.vision_width)
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
