@@ -1,7 +1,7 @@
 """audit: does a model look at the object, or at what is around it?
 
-Every picture is scored three times: whole, with the background taken away (x ⊙ m), and with the foreground taken away
-(x ⊙ (1 − m)). A class leans on its background where the background alone says its name: log-probability of the class on
+Every picture is scored three times: whole, with the background taken away (x ⊙ m), and with the box around the object
+taken away: a hole of the object's own outline still says what it was. A class leans on its background where the background alone says its name: log-probability of the class on
 its own pictures' backgrounds against that on other classes' backgrounds, ranked by Welch's t, so that a few odd
 pictures do not make a suspect. Beside it: D_fg, and the share of attention and of class relevance inside the mask.
 Imports evaluation's neighbours below it, no plotting.
@@ -191,7 +191,7 @@ def _batch(model: FVGModel | Tuner, items: Any, layers: Any, relevance: bool, ou
         answer = whole.argmax(-1)
         relevant = record.relevance(whole.gather(1, answer[:, None])[:, 0]) if relevance else None
     attention = record.attention().mean((1, 2))  # (B, h, w)
-    views = [foreground_view(pixels, part, outside=outside, **normal) for part in (mask, 1 - mask)]
+    views = [foreground_view(pixels, part, outside=outside, **normal) for part in (mask, 1 - boxes(mask))]
     foreground, background = (model(view).logits for view in views)
     none = torch.full_like(area, float("nan"))
     return {
@@ -204,6 +204,24 @@ def _batch(model: FVGModel | Tuner, items: Any, layers: Any, relevance: bool, ou
         "attention": attention_in_mask(attention, mask).cpu(),
         "relevance": (none if relevant is None else attention_in_mask(relevant, mask)).cpu(),
     }
+
+
+def boxes(mask: Tensor) -> Tensor:
+    """The upright boxes around the foreground of masks (B, 1, H, W), as masks; empty where the mask is.
+
+    >>> boxes(torch.tensor([[[[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]]]))[0, 0]
+    tensor([[0., 1., 1.],
+            [0., 1., 1.],
+            [0., 0., 0.]])
+    """
+    result = mask
+    for dim in (-1, -2):
+        other = -1 if dim == -2 else -2
+        line = mask.amax(other, keepdim=True)  # where there is foreground along this axis
+        before, behind = line.cummax(dim).values, line.flip(dim).cummax(dim).values.flip(dim)
+        span = before * behind
+        result = span if dim == -1 else result * span
+    return result
 
 
 def _pictures(found: dict[str, Tensor], names: Sequence[str], dataset: Any) -> list[PictureAudit]:

@@ -14,11 +14,14 @@ from typer.testing import CliRunner
 
 from conftest import small_config
 from examples.pocket import planted
+from examples.pocket.suite import pocket_clip
 from fvg_adapter import FVGConfig, wrap
-from fvg_adapter.audit import Audit, audit
+from fvg_adapter.audit import Audit, audit, boxes
 from fvg_adapter.cli import app
+from fvg_adapter.config import CLIP_MEAN, CLIP_STD
+from fvg_adapter.data import MaskedImageFolder, PairedTransform
 from fvg_adapter.errors import FVGError
-from fvg_adapter.reports import write_report
+from fvg_adapter.reports import suspicious, write_report
 from fvg_adapter.tuners import External, ZeroShot
 from fvg_adapter.visualize import overlay
 
@@ -209,3 +212,24 @@ def test_the_pocket_suites_planted_classes_come_first() -> None:
     tuner = planted.tuned("CoOp, a context a class", train, 1)
     figures = planted.ranked(tuner, test, plan)
     assert figures["AUROC"] > 0.9 and figures["evidence, planted"] > 2 * figures["evidence, others"]
+
+
+def test_an_outline_is_no_background() -> None:
+    """With random backgrounds there is nothing to find; with the training ones most classes lean."""
+    found = {}
+    for split in ("test", "test_home"):
+        transform = PairedTransform(64, CLIP_MEAN, CLIP_STD, train=False)
+        pictures = MaskedImageFolder("examples/pocket/data", split, transform=transform)
+        clip, tokenizer = pocket_clip()
+        found[split] = suspicious(audit(ZeroShot(clip, tokenizer, pictures.classes), pictures, relevance=False).classes)
+    assert len(found["test"]) == 0 and len(found["test_home"]) > 12
+
+
+def test_boxes() -> None:
+    masks = torch.zeros(3, 1, 6, 7)
+    masks[0, 0, 1, 2] = masks[0, 0, 4, 5] = 1
+    masks[2] = 1
+    expected = torch.zeros(3, 1, 6, 7)
+    expected[0, 0, 1:5, 2:6] = 1
+    expected[2] = 1
+    assert torch.equal(boxes(masks), expected)

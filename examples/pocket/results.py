@@ -24,8 +24,8 @@ MAPS = """On base-class test pictures with random backgrounds (`python -m exampl
 mask that a map makes (patches above its mean, as `foreground="attention"` does) with the true one; pointing: how often
 the map's largest value lies on the object; share: of the map's mass that lies inside the mask. The heads stand behind a
 frozen tuner, whose attention is theirs: relevance alone tells FVG-PT from it."""
-SHIFT = """KL(p_full ‖ p_fg) with true masks, the entropy of p_full beside it, and the same divergence at the temperature
-that brings the model's mean entropy to plain CLIP's: a flatter softmax lowers D_fg for nothing. x_fg = x is the
+SHIFT = """KL(p_full ‖ p_fg) with true masks, the entropy of p_full beside it, and the same divergence at that
+temperature which brings the model's mean entropy to plain CLIP's: a flatter softmax lowers D_fg for nothing. x_fg = x is the
 control."""
 PLANTED = """Four base classes have all their pictures on one background each, the others anywhere; how `fvg-adapter
 audit` ranks the classes of new such pictures (`python -m examples.pocket.planted`, three seeds; ranks of the four by

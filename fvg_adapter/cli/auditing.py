@@ -24,6 +24,20 @@ from fvg_adapter.cli.console import (
     show_json,
 )
 
+SHORT = {
+    "pictures": "n",
+    "whole %": "whole",
+    "object alone %": "object",
+    "background alone %": "backgr.",
+    "lean, nats": "lean",
+    "evidence, t": "t",
+    "D_fg, nats": "D_fg",
+    "attention in mask": "att.",
+    "relevance in mask": "rel.",
+    "mask area": "area",
+}
+"""Headings that fit a terminal; the words of the report are longer."""
+
 
 @mistakes_told
 def audit_model(
@@ -47,7 +61,7 @@ def audit_model(
     """Find out whether a model leans on backgrounds: which classes, and which pictures.
 
     Every picture is scored whole, with its background taken away, and with
-    its object taken away. A class whose background alone says its name is a
+    the box around its object taken away. A class whose background alone says its name is a
     shortcut, whatever its accuracy. Masks are needed: white where the object
     is, in a mask/ folder that mirrors the pictures'. Pictures without one, or
     that cannot be read, are counted and left out.
@@ -85,10 +99,11 @@ def audit_model(
     show(in_words(found))
     table = Table()
     for number, (head, _, _) in enumerate(COLUMNS):
-        table.add_column(head, justify="left" if number == 0 else "right")
+        table.add_column(SHORT.get(head, head), justify="left" if number == 0 else "right", overflow="fold")
     for row in [*found.classes[:top], found.summary]:
         table.add_row(*(form.format(getattr(row, name)) for _, name, form in COLUMNS))
     show(table)
+    show("whole, object, backgr.: percent right on each alone; att., rel.: attention and relevance inside the mask")
     for picture in found.leaning(top):
         show(f"{picture.name}: {picture.label}; background alone says {picture.answer_background}")
 
