@@ -1,10 +1,10 @@
 """audit: does a model look at the object, or at what is around it?
 
 Every picture is scored three times: whole, with the background taken away (x ⊙ m), and with the box around the object
-taken away: a hole of the object's own outline still says what it was. A class leans on its background where the background alone says its name: log-probability of the class on
-its own pictures' backgrounds against that on other classes' backgrounds, ranked by Welch's t, so that a few odd
-pictures do not make a suspect. Beside it: D_fg, and the share of attention and of class relevance inside the mask.
-Imports evaluation's neighbours below it, no plotting.
+taken away. A class leans on its background where that background says its name. A hole of the object's outline would
+say it too, so two pictures of different classes are compared with both their holes in both: only the background
+differs. Classes are ranked by the mean difference in standard errors, so that a few odd pictures make no suspect.
+Beside it: D_fg, and the share of attention and of class relevance inside the mask. Imports model and what lies below.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class PictureAudit:
         label, answer: its class, and what the model says of the whole picture.
         answer_foreground, answer_background: what it says of the object alone, and of the background alone.
         p_whole, p_foreground, p_background: probability of the class under the three views, in [0, 1].
-        lean: log-probability of the answer, seeing this background alone, minus its mean over the other pictures'
-            backgrounds, in nats; 0 where backgrounds tell nothing.
+        lean: log-probability of the answer on this background minus that on another class's with the same holes, in
+            nats; 0 where backgrounds tell nothing.
         d_fg, entropy: KL(p_whole ‖ p_foreground) and H(p_whole) in nats (a flatter softmax lowers d_fg for nothing).
         area: share of the picture that the mask covers. attention_in_mask, relevance_in_mask: shares of the attention
             and of the answer's class relevance inside the mask; an even map would have the mask's area.
@@ -72,8 +72,9 @@ class ClassAudit:
     Attributes:
         name: the class. pictures: how many were scored.
         whole, foreground, background: accuracy in percent under the three views.
-        lean: mean log-probability of the class on its own pictures' backgrounds minus that on other classes', in nats.
-        evidence: the lean in standard errors (Welch's t); above 3 or so it is no accident. NaN below two pictures.
+        lean: mean log-probability of the class on its own pictures' backgrounds minus that on other classes' with the
+            same holes, in nats.
+        evidence: the lean in standard errors (Student's t); above 3 or so it is no accident. NaN below two pictures.
         d_fg, entropy, area, attention_in_mask, relevance_in_mask: means over the pictures.
     """
 
@@ -126,6 +127,8 @@ def audit(
     layers: Any = (-1,),
     relevance: bool = True,
     outside: str = "mean",
+    partners: int = 2,
+    seed: int = 0,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Audit:
@@ -137,7 +140,8 @@ def audit(
         layers: vision layers whose attention and relevance are read, as for `record_attention`.
         relevance: class relevance of the answer too; it costs a backward pass.
         outside: what takes the place of what is taken away: "mean" colour or "black".
-        batch_size: pictures encoded at once, three views of each.
+        partners: pictures of other classes that each background is compared with. seed: of their choice.
+        batch_size: pictures encoded at once, 3 + 2 · partners views of each.
         progress: called with (pictures done, pictures in all).
 
     Raises:
@@ -149,15 +153,18 @@ def audit(
         raise FVGError(
             f"an audit needs a data set with at least 2 classes in its `classes` attribute, but this one has {names}."
         )
+    known = getattr(dataset, "labels", None)
+    labels = torch.as_tensor([int(dataset[i]["labels"]) for i in range(len(dataset))] if known is None else known)
+    check_labels(labels, len(names), len(dataset))
+    pairs = _Pairs(dataset, other_classes(labels, partners, seed))
     parts: list[dict[str, Tensor]] = []
     done = 0
     with _as_found(model), model.use_classes(names):
         branch = model.branch_for("auto") if isinstance(model, FVGModel) else "tuner"
-        for items in DataLoader(dataset, batch_size, collate_fn=collate):
+        for items, *others in DataLoader(pairs, batch_size, collate_fn=_collate_pairs):
             check_labels(items["labels"], len(names), len(items["pixel_values"]))
-            parts.append(
-                _batch(model, items, layers, relevance, outside) | {"index": done + torch.arange(len(items["labels"]))}
-            )
+            found = _batch(model, items, layers, relevance, outside) | _backgrounds(model, items, others, outside)
+            parts.append(found | {"index": done + torch.arange(len(items["labels"]))})
             done += len(items["labels"])
             if progress is not None:
                 progress(done, len(dataset))
@@ -182,9 +189,7 @@ def _batch(model: FVGModel | Tuner, items: Any, layers: Any, relevance: bool, ou
     tuner = model.tuner if isinstance(model, FVGModel) else model
     config = getattr(model, "config", None)
     normal = {} if config is None else {"image_mean": config.image_mean, "image_std": config.image_std}
-    pixels = items["pixel_values"].to(tuner.encoder.device)
-    given = items.get("foreground_mask")
-    mask = prepare_mask(pixels.new_zeros(len(pixels), *pixels.shape[-2:]) if given is None else given, pixels)
+    pixels, mask = _on(tuner, items)
     area = mask_area(mask)
     with record_attention(model, layers, relevance=relevance) as record, torch.set_grad_enabled(relevance):
         whole = model(pixels.clone().requires_grad_(relevance)).logits
@@ -204,6 +209,65 @@ def _batch(model: FVGModel | Tuner, items: Any, layers: Any, relevance: bool, ou
         "attention": attention_in_mask(attention, mask).cpu(),
         "relevance": (none if relevant is None else attention_in_mask(relevant, mask)).cpu(),
     }
+
+
+@torch.no_grad()
+def _backgrounds(model: FVGModel | Tuner, items: Any, others: Sequence[Any], outside: str) -> dict[str, Tensor]:
+    """(B, C) mean log-probability on the own background minus that on others', with the holes of both in both."""
+    tuner = model.tuner if isinstance(model, FVGModel) else model
+    config = getattr(model, "config", None)
+    normal = {} if config is None else {"image_mean": config.image_mean, "image_std": config.image_std}
+    pixels, mask = _on(tuner, items)
+    differences = []
+    for other in others:
+        their_pixels, their_mask = _on(tuner, other)
+        kept = (1 - mask) * (1 - their_mask)
+        own, theirs = (
+            L.log_probs(model(foreground_view(part, kept, outside=outside, **normal)).logits)
+            for part in (pixels, their_pixels)
+        )
+        differences.append((own - theirs).float().cpu())
+    return {"differs": torch.stack(differences).mean(0)}
+
+
+def _on(tuner: Tuner, items: Any) -> tuple[Tensor, Tensor]:
+    """Pixels (B, 3, H, W) and masks (B, 1, H, W) of a batch; pictures without a mask have an empty one."""
+    pixels = items["pixel_values"].to(tuner.encoder.device)
+    given = items.get("foreground_mask")
+    return pixels, prepare_mask(pixels.new_zeros(len(pixels), *pixels.shape[-2:]) if given is None else given, pixels)
+
+
+def other_classes(labels: Tensor, partners: int, seed: int) -> Tensor:
+    """For each picture the indices (N, partners) of pictures of other classes, drawn with a seed.
+
+    Raises:
+        FVGError: all pictures are of one class, or fewer than one partner is wanted.
+    """
+    if partners < 1 or len(labels.unique()) < 2:
+        raise FVGError(
+            f"backgrounds are compared between classes: {len(labels.unique())} classes have pictures and partners is "
+            f"{partners}; at least 2 and 1 are needed."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    apart = (labels[:, None] != labels[None, :]).double()
+    return torch.multinomial(apart, partners, replacement=True, generator=generator)
+
+
+class _Pairs(torch.utils.data.Dataset[list[Any]]):
+    """Each item with those of its partners."""
+
+    def __init__(self, dataset: Any, chosen: Tensor) -> None:
+        self.dataset, self.chosen = dataset, chosen.tolist()
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> list[Any]:
+        return [self.dataset[index], *(self.dataset[other] for other in self.chosen[index])]
+
+
+def _collate_pairs(rows: list[list[Any]]) -> list[Any]:
+    return [collate(list(column)) for column in zip(*rows, strict=True)]
 
 
 def boxes(mask: Tensor) -> Tensor:
@@ -227,9 +291,6 @@ def boxes(mask: Tensor) -> Tensor:
 def _pictures(found: dict[str, Tensor], names: Sequence[str], dataset: Any) -> list[PictureAudit]:
     views = {view: found[view].exp() for view in ("whole", "foreground", "background")}
     answers = {view: p.argmax(-1) for view, p in views.items()}
-    own = torch.arange(len(found["labels"]))
-    says = found["background"][own, answers["whole"]]  # (N,) of the answer, by this background
-    others = (found["background"].sum(0)[answers["whole"]] - says) / max(1, len(own) - 1)
     divergence, entropy = L.kl_divergence(found["whole"], found["foreground"]), L.entropy(found["whole"])
     name_of = getattr(dataset, "_path", None)
     rows = []
@@ -246,7 +307,7 @@ def _pictures(found: dict[str, Tensor], names: Sequence[str], dataset: Any) -> l
                 p_whole=float(views["whole"][i, label]),
                 p_foreground=float(views["foreground"][i, label]),
                 p_background=float(views["background"][i, label]),
-                lean=float(says[i] - others[i]),
+                lean=float(found["differs"][i, int(answers["whole"][i])]),
                 d_fg=float(divergence[i]),
                 entropy=float(entropy[i]),
                 area=float(found["area"][i]),
@@ -267,7 +328,7 @@ def _class(
         return 100 * float((found[view][mine].argmax(-1) == labels[mine]).float().mean())
 
     if label is not None:
-        leaning = _leaning(found["background"][mine, label], found["background"][~mine, label])
+        leaning = _leaning(found["differs"][mine, label])
     return ClassAudit(
         name=name,
         pictures=int(mine.sum()),
@@ -284,14 +345,14 @@ def _class(
     )
 
 
-def _leaning(own: Tensor, others: Tensor) -> tuple[float, float]:
-    """Difference of means, and the same in standard errors (Welch's t)."""
-    if len(own) == 0 or len(others) == 0:
+def _leaning(differences: Tensor) -> tuple[float, float]:
+    """The mean, and the same in standard errors."""
+    if len(differences) == 0:
         return float("nan"), float("nan")
-    lean = float(own.mean() - others.mean())
-    if len(own) < 2 or len(others) < 2:
+    lean = float(differences.mean())
+    if len(differences) < 2:
         return lean, float("nan")
-    error = float((own.var() / len(own) + others.var() / len(others)).sqrt())
+    error = float((differences.var() / len(differences)).sqrt())
     return lean, lean / max(error, SMALLEST_ERROR)
 
 

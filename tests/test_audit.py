@@ -16,7 +16,7 @@ from conftest import small_config
 from examples.pocket import planted
 from examples.pocket.suite import pocket_clip
 from fvg_adapter import FVGConfig, wrap
-from fvg_adapter.audit import Audit, audit, boxes
+from fvg_adapter.audit import Audit, audit, boxes, other_classes
 from fvg_adapter.cli import app
 from fvg_adapter.config import CLIP_MEAN, CLIP_STD
 from fvg_adapter.data import MaskedImageFolder, PairedTransform
@@ -62,6 +62,12 @@ def test_figures_are_the_naive_ones(tuner: ZeroShot) -> None:
         whole = tuner(data.pixels).logits.softmax(-1)
         fg = tuner(data.pixels * data.masks).logits.softmax(-1)
         bg = tuner(data.pixels * (1 - data.masks)).logits.softmax(-1)
+        chosen = other_classes(torch.tensor(data.labels), 2, 0)
+        differs = torch.zeros(12, 3)
+        for k in range(2):
+            hole = (1 - data.masks) * (1 - data.masks[chosen[:, k]])
+            own, theirs = (tuner(p * hole).logits.log_softmax(-1) for p in (data.pixels, data.pixels[chosen[:, k]]))
+            differs += (own - theirs) / 2
     for i, row in enumerate(found.pictures):
         label = data.labels[i]
         assert row.index == i and row.label == NAMES[label] and row.answer == NAMES[int(whole[i].argmax())]
@@ -71,17 +77,14 @@ def test_figures_are_the_naive_ones(tuner: ZeroShot) -> None:
         assert given == pytest.approx([float(p[i, label]) for p in (whole, fg, bg)], abs=1e-5)
         assert row.d_fg == pytest.approx(float((whole[i] * (whole[i] / fg[i]).log()).sum()), abs=1e-4)
         assert row.entropy == pytest.approx(float(-(whole[i] * whole[i].log()).sum()), abs=1e-4)
-        says = bg[:, int(whole[i].argmax())].log()
-        assert row.lean == pytest.approx(float(says[i] - says[torch.arange(12) != i].mean()), abs=1e-4)
+        assert row.lean == pytest.approx(float(differs[i, int(whole[i].argmax())]), abs=1e-4)
         assert row.area == 0.25 and 0 <= row.attention_in_mask <= 1 and 0 <= row.relevance_in_mask <= 1
     for entry in found.classes:
         mine = torch.tensor(data.labels) == NAMES.index(entry.name)
-        says = bg[:, NAMES.index(entry.name)].log()
-        own, others = says[mine], says[~mine]
+        own = differs[mine, NAMES.index(entry.name)]
         assert entry.pictures == 4
-        assert entry.lean == pytest.approx(float(own.mean() - others.mean()), abs=1e-4)
-        t = (own.mean() - others.mean()) / (own.var() / 4 + others.var() / 8).sqrt()
-        assert entry.evidence == pytest.approx(float(t), abs=1e-3)
+        assert entry.lean == pytest.approx(float(own.mean()), abs=1e-4)
+        assert entry.evidence == pytest.approx(float(own.mean() / (own.var() / 4).sqrt()), abs=1e-3)
         right = (bg.argmax(-1) == torch.tensor(data.labels))[mine].float().mean()
         assert entry.background == pytest.approx(100 * float(right))
     assert [c.evidence for c in found.classes] == sorted((c.evidence for c in found.classes), reverse=True)
@@ -119,6 +122,10 @@ def test_a_planted_shortcut_comes_first(tokenizer: Any) -> None:
     assert found.classes[0].name == "dog" and found.classes[0].background == 100
     assert found.classes[0].lean > 1 > found.classes[1].lean
     assert {p.label for p in found.leaning(10)} == {"dog"}
+    with pytest.raises(FVGError, match="1 classes have pictures"):
+        other_classes(torch.zeros(3), 2, 0)
+    chosen = other_classes(torch.arange(9) % 3, 4, 0)
+    assert all(int(j) % 3 != i % 3 for i, row in enumerate(chosen) for j in row)
     assert math.isnan(found.summary.relevance_in_mask)
 
 

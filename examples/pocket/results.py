@@ -25,12 +25,12 @@ mask that a map makes (patches above its mean, as `foreground="attention"` does)
 the map's largest value lies on the object; share: of the map's mass that lies inside the mask. The heads stand behind a
 frozen tuner, whose attention is theirs: relevance alone tells FVG-PT from it."""
 SHIFT = """KL(p_full ‖ p_fg) with true masks, the entropy of p_full beside it, and the same divergence at that
-temperature which brings the model's mean entropy to plain CLIP's: a flatter softmax lowers D_fg for nothing. x_fg = x is the
-control."""
+temperature which brings the model's mean entropy to plain CLIP's: a flatter softmax lowers D_fg for nothing. x_fg = x
+is the control."""
 PLANTED = """Four base classes have all their pictures on one background each, the others anywhere; how `fvg-adapter
 audit` ranks the classes of new such pictures (`python -m examples.pocket.planted`, three seeds; ranks of the four by
 evidence, one group a run). "In front": share of the four among the first four; AUROC of the ranking; mean evidence
-(Welch's t) of both groups; accuracies in percent on whole pictures, objects alone, backgrounds alone."""
+(Student's t) of both groups; accuracies in percent on whole pictures, objects alone, backgrounds alone."""
 
 CONTROLS = {
     "fvg [x_fg=x]": "control: x_fg = x",
