@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 from collections.abc import Callable
 
@@ -71,12 +72,32 @@ def test_distillation_and_calibration_against_loops() -> None:
     assert L.distillation_loss(trust, z_fg, z_full, z_fdc, TAU).item() == pytest.approx(expected / 5, abs=1e-12)
     squared = L.distillation_loss(trust, z_fg, z_full, z_fdc, TAU, squared_temperature=True).item()
     assert squared == pytest.approx(4 * expected / 5, abs=1e-12)
+    three = L.distillation_loss(trust, z_fg, z_full, z_fdc, 3.0)  # 2² is 2·2: at 3 a square differs from a double
+    assert L.distillation_loss(trust, z_fg, z_full, z_fdc, 3.0, squared_temperature=True) == 9 * three
 
     z_pc = L.calibrated_logits(z_full, z_prior, trust)
     assert torch.equal(z_pc[0], z_full[0])
     assert torch.equal(z_pc[4], z_prior[4])
     kl = [naive_kl(softmax(p, TAU), softmax(q, TAU)) for p, q in zip(z_prior.tolist(), z_pc.tolist(), strict=True)]
     assert L.prior_divergence(z_prior, z_pc, TAU).item() == pytest.approx(sum(kl) / 5, abs=1e-12)
+    three = L.prior_divergence(z_prior, z_pc, 3.0)
+    assert L.prior_divergence(z_prior, z_pc, 3.0, squared_temperature=True) == 9 * three
+
+
+@pytest.mark.parametrize("wanted", [0.05, 0.5, 1.0, 1.6])
+def test_temperature_that_brings_an_entropy(wanted: float) -> None:
+    logits = 5 * torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = L.temperature_of_entropy(logits, wanted)
+    mean = sum(-p * math.log(p) for row in logits.tolist() for p in softmax(row, found) if p > 0) / 7
+    assert mean == pytest.approx(wanted, abs=1e-9)
+    assert L.temperature_of_entropy(3 * logits, wanted) == pytest.approx(3 * found, rel=1e-9)  # scales with the logits
+    coarse = L.temperature_of_entropy(logits, wanted, steps=8)  # fewer halvings, a coarser answer
+    assert coarse != pytest.approx(found, rel=1e-6) and coarse == pytest.approx(found, rel=0.1)
+
+
+def test_examples() -> None:
+    ran = doctest.testmod(L)
+    assert ran.attempted >= 4 and ran.failed == 0
 
 
 def test_joint_rule_against_a_loop() -> None:
