@@ -69,7 +69,7 @@ def read_bytes(path: Path, limit: int, what: str) -> bytes:
         raise FVGError(f"{path} is no file; {what} is expected there.")
     try:
         with path.open("rb") as file:
-            content = file.read(limit + 1)
+            content = file.read(min(limit, path.stat().st_size) + 1)  # takes what it is asked for at once
     except OSError as error:
         raise FVGError(f"{path} cannot be read: {error}.") from error
     if len(content) > limit:
@@ -172,7 +172,8 @@ def _header(record: dict[str, Any], room: int, path: Path) -> Header:
     header = Header(metadata=metadata, bytes=room)
     spans = []
     for name, about in record.items():
-        dtype, shape, span = (about.get(k) if isinstance(about, dict) else [] for k in _FIELDS)
+        given: list[Any] = [about.get(k) if isinstance(about, dict) else None for k in _FIELDS]
+        dtype, shape, span = given
         if not isinstance(dtype, str) or dtype not in _SIZES:
             raise _broken(path, f"the tensor {name[:80]!r} is of type {dtype!r:.40}; expected is {', '.join(_SIZES)}")
         if not _wholes(shape) or len(shape) > 8 or not _wholes(span) or len(span) != 2:

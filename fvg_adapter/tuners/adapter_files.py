@@ -18,15 +18,17 @@ import regex
 from torch import Tensor, nn
 
 from fvg_adapter.errors import FVGError
-from fvg_adapter.untrusted import TensorFile, read_json, refuse_not_finite
+from fvg_adapter.untrusted import TensorFile, read_json
 
 FOLDER = "lora"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-METHODS = ("LORA", "IA3", "LOHA", "LOKR", "ADALORA", "OFT", "BOFT", "HRA", "LN_TUNING", "VERA")
+METHODS = ("LORA", "IA3", "LOHA", "LOKR", "ADALORA", "OFT", "BOFT", "HRA", "LN_TUNING")
 """PEFT methods that are read from files: made of named layers, without memory of their own until the weights fit."""
 _MAX_CONFIG_BYTES = 2**20
-_LARGEST = 2**31
+_LARGEST = 8192
+"""A rank, a block: PEFT makes each matrix once before it drops its memory."""
+_SEEDS = ("seed", "key")
 _MOST = 4096
 _MATCHING_SECONDS = 0.5
 _PATTERN = 1000
@@ -90,9 +92,11 @@ def _field(name: str, value: Any, default: Any, names: list[str], place: Path) -
         return value if value is None else [_number(name, number, place) for number in many[:_MOST]]
     if name in _WORDS and value in _WORDS[name]:
         return value
-    if value is None or isinstance(value, bool) or value == default or _as_json(default) == value:
-        return value if value is None or isinstance(value, bool) else default
-    if isinstance(value, (int, float)):
+    if (type(value) is type(default) and value == default) or (value is None and not default):
+        return default
+    if isinstance(value, bool) and (default is None or isinstance(default, bool)):
+        return value
+    if isinstance(value, (int, float)) and (default is None or isinstance(default, (int, float))):
         return _number(name, value, place)
     raise FVGError(
         f"{place} sets {name!r} to {value!r:.120}, which is not taken from a file: it could name code, files or other "
@@ -100,13 +104,10 @@ def _field(name: str, value: Any, default: Any, names: list[str], place: Path) -
     )
 
 
-def _as_json(default: Any) -> Any:
-    return sorted(default) if isinstance(default, (set, frozenset)) else default
-
-
 def _number(name: str, value: Any, place: Path) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) >= _LARGEST:
-        raise FVGError(f"{place} has {name} {value!r:.80}; a number below {_LARGEST} is expected.")
+    largest = 2**32 if name.endswith(_SEEDS) else _LARGEST
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > largest:
+        raise FVGError(f"{place} has {name} {value!r:.80}; a number up to {largest} is expected.")
     return value
 
 
@@ -162,6 +163,4 @@ def fitting(saved: TensorFile, own: dict[str, Tensor], prefix: str) -> dict[str,
         raise FVGError(
             f"the adapter in {FOLDER}/ does not fit: {'; '.join(problems[:6]) or 'two tensors have one name'}."
         )
-    state = {name.removeprefix(prefix): saved[name] for name in saved}
-    refuse_not_finite(state, f"{FOLDER}/{WEIGHTS}")
-    return state
+    return {name.removeprefix(prefix): saved[name] for name in saved}

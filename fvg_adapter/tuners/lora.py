@@ -28,6 +28,8 @@ from fvg_adapter.tuners.passes import acts, let_gradients_in
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE
 
 ADAPTER = "default"
+_REFUSALS = (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, ArithmeticError, AssertionError)
+"""What PEFT raises for configs that fit no model."""
 _PREFIX = "base_model.model."
 _TOWERS = {"both": "text|vision", "text": "text", "vision": "vision"}
 
@@ -108,10 +110,12 @@ class LoRA(Tuner):
             inject_adapter_in_model(config, self.encoder.model, ADAPTER, low_cpu_mem_usage=from_file)
             if not adapter_layers(self.encoder.model):
                 raise FVGError(f"{type(config).__name__} adapts no layer of {type(self.encoder.model).__name__}.")
-        except (ValueError, TypeError) as error:
+        except BaseException as error:
             take_out(self.encoder.model, adapter_layers(self.encoder.model))
             self._hold.release(self.clip)
-            raise error if isinstance(error, FVGError) else FVGError(f"PEFT refused the config: {error}") from error
+            if isinstance(error, FVGError) or not isinstance(error, _REFUSALS):
+                raise
+            raise FVGError(f"PEFT refused the config: {error}") from error
 
     def _suspend(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: outside this tuner's own passes and the owner's direct calls, what the plain layer gives."""
