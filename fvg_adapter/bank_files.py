@@ -4,7 +4,7 @@
     BANK/00000.safetensors …     ROWS_PER_SHARD images each, all views: name -> (rows, K, …)
     BANK/index.json              the plan again, written last: with it the bank is whole
 
-Imports nothing of this package but errors.
+Imports nothing of this package but errors and untrusted.
 """
 
 from __future__ import annotations
@@ -23,9 +23,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fvg_adapter.errors import FVGError
+from fvg_adapter.untrusted import Header, read_header, read_json
 
 FORMAT, VERSION = "fvg_bank", 2
 PLAN, INDEX = "plan.json", "index.json"
+_MAX_INDEX_BYTES = 32 * 2**20  # 8 million images
+TENSORS = {
+    **dict.fromkeys(("image", "foreground", "prior", "image_new", "foreground_prior", "foreground_new"), 3),
+    **dict.fromkeys(("mask_area", "usable", "attention_in_mask"), 2),
+}
+"""What a shard may hold, each with its dimensions: (rows, K, D) or (rows, K)."""
 ROWS_PER_SHARD = 4096
 """Images in a shard: 100 MB for four views of whole and foreground at width 512."""
 
@@ -185,22 +192,47 @@ def read_plan(folder: Path, name: str = INDEX) -> Plan:
         if (folder / PLAN).is_file():
             raise FVGError(f"the bank {folder} is not finished; run the same encoding again, it goes on where it was.")
         raise FVGError(f"{folder} is no bank written by FeatureBank; it has no {INDEX}.")
-    try:
-        record = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise FVGError(f"{file} cannot be read as JSON: {error}; encode the bank again.") from error
-    if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
+    record = read_json(file, "the index of a bank", _MAX_INDEX_BYTES)
+    if record.pop("format", None) != FORMAT:
         raise FVGError(f"{file} is no index of a bank written by FeatureBank.")
-    if record.pop("version", None) != VERSION:
-        raise FVGError(f"the bank {folder} has another format version than {VERSION}; encode it again.")
+    version = record.pop("version", None)
+    if type(version) is int and version > VERSION:
+        raise FVGError(
+            f"the bank {folder} has format version {version}, but this fvg_adapter reads {VERSION}; upgrade with "
+            "pip install -U fvg-adapter, or encode the bank again."
+        )
+    if version != VERSION:
+        raise FVGError(f"the bank {folder} has format version {version!r:.80}, not {VERSION}; encode it again.")
     try:
         plan = Plan(**record)
-        whole = isinstance(plan.rows, int) and plan.rows > 0 and all(isinstance(label, int) for label in plan.labels)
     except TypeError as error:
         raise FVGError(f"{file} does not hold what an index holds ({error}); encode the bank again.") from error
-    if not whole:
-        raise FVGError(f"{file} has labels or rows that are no whole numbers; encode the bank again.")
+    wrong = _wrong(plan)
+    if wrong:
+        raise FVGError(f"{file} has {wrong} of the wrong type, or out of range; encode the bank again.")
     return plan
+
+
+def _wrong(plan: Plan) -> str | None:
+    """The first field that no bank of ours can have, or None."""
+    for item in fields(Plan):
+        kind = _KINDS[str(item.type).partition("[")[0]]
+        if type(getattr(plan, item.name)) is not kind:
+            return item.name
+    if set(map(type, plan.labels)) - {int} or (
+        plan.labels and not 0 <= min(plan.labels) <= max(plan.labels) < max(len(plan.classes), 1)
+    ):
+        return "labels"
+    if set(map(type, plan.classes)) - {str}:
+        return "classes"
+    if not 1 <= plan.rows < 2**31:
+        return "rows"
+    if not 1 <= plan.views < 2**31:
+        return "views"
+    return None if plan.dtype in ("float32", "float16", "float64") else "dtype"
+
+
+_KINDS: dict[str, type] = {"str": str, "int": int, "list": list, "dict": dict}
 
 
 def read_shards(folder: Path, plan: Plan) -> list[dict[str, Tensor]]:
@@ -209,19 +241,39 @@ def read_shards(folder: Path, plan: Plan) -> list[dict[str, Tensor]]:
     Raises:
         FVGError: a shard that is missing, truncated, or of another size.
     """
-    parts = []
+    count, there = -(-len(plan.labels) // plan.rows), len(list(folder.glob("*.safetensors")))
+    if count > there:
+        raise FVGError(f"{folder} has {there} shards, but its index says {count}; copy or encode the whole bank again.")
+    parts: list[dict[str, Tensor]] = []
     for number, rows in enumerate(plan.shards):
         file = shard_file(folder, number)
+        header = read_header(file)
+        _check_shard(header, file, len(rows), plan.views)
         try:
             with safe_open(file, "pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:
             raise FVGError(f"{file} is no whole safetensors file: {error}; encode the bank again.") from error
-        shapes = {name: tuple(t.shape[:2]) for name, t in tensors.items()}
-        if "image" not in tensors or set(shapes.values()) != {(len(rows), plan.views)}:
-            raise FVGError(f"{file} holds {shapes}, but the index says {len(rows)} images in {plan.views} views.")
+        if parts and {n: t.shape[2:] for n, t in tensors.items()} != {n: t.shape[2:] for n, t in parts[0].items()}:
+            raise FVGError(f"{file} holds other features than the shards before it; encode the bank again.")
         parts.append(tensors)
     return parts
+
+
+def _check_shard(header: Header, file: Path, rows: int, views: int) -> None:
+    """Refuses a shard by its header: other names, dtypes or shapes than a shard of so many images has."""
+    shapes = header.shapes
+    if "image" not in shapes or {shape[:2] for shape in shapes.values()} != {(rows, views)}:
+        raise FVGError(f"{file} holds {shapes}, but the index says {rows} images in {views} views.")
+    for name, shape in shapes.items():
+        kind = "BOOL" if name == "usable" else header.dtypes[name]
+        if name not in TENSORS or header.dtypes[name] != kind or (kind == "BOOL") != (name == "usable"):
+            raise FVGError(
+                f"{file} holds {name[:80]!r} of type {header.dtypes[name]}; a shard has {', '.join(TENSORS)}, all of "
+                "them floating point but 'usable'."
+            )
+        if len(shape) != TENSORS[name]:
+            raise FVGError(f"{file} holds {name} of shape {shape}; {TENSORS[name]} dimensions are expected.")
 
 
 def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

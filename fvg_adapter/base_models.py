@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 
 from fvg_adapter.errors import FVGError
+from fvg_adapter.layouts import layout_of
 from fvg_adapter.towers import DualEncoder
 
 _HASHES = ("hash", "hash_by_half")
@@ -63,8 +64,10 @@ def check_base_model(clip: nn.Module, record: Mapping[str, Any]) -> None:
     expected, found = record.get("fingerprint"), DualEncoder(clip).fingerprint()
     if not isinstance(expected, Mapping):
         raise FVGError("the config's base_model has no fingerprint; the file was edited or is incomplete.")
-    same = bool({expected.get(key) for key in _HASHES} & {found[key] for key in _HASHES})
+    same = any(expected.get(key) in [found[other] for other in _HASHES] for key in _HASHES)
     for key, value in found.items():
+        if not isinstance(expected.get(key), (str, int, float, list, type(None))):
+            raise FVGError(f"the config's base_model has {key} {expected[key]!r:.80}; the file was edited.")
         if expected.get(key) != value and not (key in _HASHES and same):
             raise FVGError(
                 f"this adapter was made for base model {record.get('id')!r} with {key} {expected.get(key)!r}, but the "
@@ -81,20 +84,55 @@ def load_base_model(record: Mapping[str, Any], **hub: Any) -> nn.Module:
         **hub: token, cache_dir and local_files_only; what else `snapshot_download` takes is left alone.
 
     Raises:
-        FVGError: no such model, or a local one that this machine does not have.
+        FVGError: no such model, no dual encoder, code of its own, or a local one that this machine does not have.
     """
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoModel
 
     source = record.get("path") if record.get("id") == "local" else record.get("id")
     if not source:
         raise FVGError("this adapter was made for a local base model; give it as clip=… (and its tokenizer=…).")
-    if record.get("id") == "local" and not (Path(source) / "config.json").is_file():
+    if record.get("id") != "local":
+        _refuse_no_hub_id(source, "base model", "clip")
+    elif not (Path(source) / "config.json").is_file():
         raise FVGError(f"the base model could not be loaded: {source} is no model folder any more; give it as clip=….")
+    options = {"revision": record.get("revision") or "main", "trust_remote_code": False, **_shared(hub)}
     try:
-        model: nn.Module = AutoModel.from_pretrained(source, revision=record.get("revision") or "main", **_shared(hub))
+        found = AutoConfig.from_pretrained(source, **options)
+        if layout_of(found) is None:
+            raise FVGError(
+                f"the base model {source!r} is a {getattr(found, 'model_type', None)!r}, which is no dual encoder that "
+                "this library knows; nothing more of it was loaded."
+            )
+        model: nn.Module = AutoModel.from_pretrained(source, **options)
     except hub_errors() as error:
+        if isinstance(error, FVGError):
+            raise
         raise FVGError(f"the base model {source!r} could not be loaded ({error}); give it as clip=….") from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise FVGError(f"the base model {source!r} brings an adapter of its own; give the model as clip=….")
     return model
+
+
+def refuse_path(record: Mapping[str, Any], source: str) -> None:
+    """Refuses a config from the Hub that names a folder of this machine: it could name any.
+
+    Raises:
+        FVGError: the record has a path; `push_to_hub` never writes one.
+    """
+    if record.get("path"):
+        raise FVGError(
+            f"the config of {source} names {record['path']!r} as its base model, a folder on the machine that reads "
+            "it; a config from the Hub may only name a Hub id. Give the base model as clip=…, from a copy of the files "
+            "on this disk."
+        )
+
+
+def _refuse_no_hub_id(name: str, what: str, argument: str) -> None:
+    if not _is_hub_id(name):
+        raise FVGError(
+            f"the config names {name!r} as its {what}, which is no Hub id, or is a folder here that transformers would "
+            f"read instead; give it as {argument}=…."
+        )
 
 
 def load_tokenizer(clip: nn.Module, record: Mapping[str, Any], **hub: Any) -> Any:
@@ -104,12 +142,14 @@ def load_tokenizer(clip: nn.Module, record: Mapping[str, Any], **hub: Any) -> An
         return None
     from transformers import AutoTokenizer
 
+    if record.get("tokenizer"):
+        _refuse_no_hub_id(record["tokenizer"], "tokenizer", "tokenizer")
     name = record.get("tokenizer") or getattr(encoder.model, "name_or_path", None) or record.get("path")
     if not name:
         raise FVGError("the base model does not say where its tokenizer is; give tokenizer=….")
     revision = record.get("revision") if name == record.get("id") else None  # of the same commit as the model
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main", **_shared(hub))
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False, **_shared(hub))
     except hub_errors() as error:
         raise FVGError(f"no tokenizer could be loaded from {name!r} ({error}); give tokenizer=….") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "outside_mask": ("mean", "black"),
     "unusable_mask": ("skip", "error"),
 }
+_LARGEST, _MOST_LAYERS = 1e9, 256
 _POSITIVE = ("bottleneck", "gate_hidden", "temperature", "attention_threshold")
 _NOT_NEGATIVE = ("init_std", "lambda_gate", "lambda_distill", "lambda_new", "lambda_new_kl", "reliability_margin")
 
@@ -101,8 +101,8 @@ class FVGConfig:
                 raise FVGError(f"{name} is {getattr(self, name)!r}. {nearest(getattr(self, name), choices)}")
         for name in (*_POSITIVE, *_NOT_NEGATIVE, "mask_threshold"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise FVGError(f"{name} must be a finite number, but is {value!r}.")
+            if not _is_number(value):
+                raise FVGError(f"{name} must be a finite number, but is {value!r:.80}.")
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise FVGError(f"{name} must be above 0, but is {getattr(self, name)!r}.")
@@ -115,14 +115,16 @@ class FVGConfig:
         for name in ("gate_learns_from_distillation", "squared_temperature", "freeze_tuner"):
             if not isinstance(getattr(self, name), bool):
                 raise FVGError(f"{name} must be True or False, but is {getattr(self, name)!r}.")
+        for name in ("usable_area", "image_mean", "image_std"):
+            if not all(map(_is_number, getattr(self, name))):
+                raise FVGError(f"{name} must hold finite numbers, but is {getattr(self, name)!r:.80}.")
         if not 0 < self.mask_threshold <= 1:
             raise FVGError(f"mask_threshold must lie in (0, 1], but is {self.mask_threshold!r}.")
         if len(self.usable_area) != 2 or not 0 <= self.usable_area[0] <= self.usable_area[1] <= 1:
             raise FVGError(f"usable_area must be two shares 0 ≤ low ≤ high ≤ 1, but is {self.usable_area!r}.")
-        if not self.attention_layers or not all(type(layer) is int for layer in self.attention_layers):
-            raise FVGError(
-                f"attention_layers must name at least one layer by number, but is {self.attention_layers!r}."
-            )
+        layers = self.attention_layers
+        if not 1 <= len(layers) <= _MOST_LAYERS or not all(type(layer) is int for layer in layers):
+            raise FVGError(f"attention_layers must name at least one layer by number, but is {layers!r:.80}.")
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
             raise FVGError("image_mean and image_std must have 3 values each, and the deviations must be above 0.")
 
@@ -147,6 +149,10 @@ class FVGConfig:
             return cls(**{k: v for k, v in values.items() if k in known})
         except TypeError as error:
             raise FVGError(f"the FVGConfig has a value of the wrong type: {error}.") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _tuple(name: str, value: Any) -> tuple[Any, ...]:

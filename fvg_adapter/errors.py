@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
+
+_MESSAGE, _END = 2000, 400
+_GIVEN, _NAMES = 100, 2000
 
 
 class FVGError(ValueError):
-    """Something that the caller gave does not fit; the message names it and the way out."""
+    """Something that the caller gave does not fit; the message names it and the way out.
+
+    What a message quotes may be as long as a file; it is shortened in the middle, since the way out stands at the end.
+    """
+
+    def __init__(self, message: str = "", *args: object) -> None:
+        if len(message) > _MESSAGE:
+            message = f"{message[: _MESSAGE - _END]} … {message[-_END:]}"
+        super().__init__(message, *args)
 
 
 class ForegroundWarning(UserWarning):
@@ -16,7 +28,7 @@ class ForegroundWarning(UserWarning):
 
 def nearest(given: object, valid: Iterable[str]) -> str:
     """A sentence that lists valid names and suggests the nearest: `Did you mean 'joint'? Valid: 'auto', 'joint'.`"""
-    names = list(valid)
-    close = difflib.get_close_matches(str(given), names, n=1)
+    names = list(islice(valid, _NAMES))
+    close = difflib.get_close_matches(str(given)[:_GIVEN], names, n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""
     return f"{hint}Valid: {', '.join(map(repr, names))}."

@@ -35,6 +35,7 @@ from fvg_adapter.errors import FVGError
 from fvg_adapter.foreground import resolve_source
 from fvg_adapter.model import FVGModel
 from fvg_adapter.tuners.base import Tuner
+from fvg_adapter.untrusted import refuse_not_finite
 
 
 class FeatureBank(Dataset[dict[str, Any]]):
@@ -86,19 +87,20 @@ class FeatureBank(Dataset[dict[str, Any]]):
         view = int(torch.randint(self.views, ())) if self.views > 1 else 0
         shard = bisect.bisect_right(self._starts, index) - 1
         row = index - self._starts[shard]
-        return {"features": {k: v[row, view] for k, v in self._parts[shard].items()}, "labels": self.labels[index]}
+        features = _finite({k: v[row, view] for k, v in self._parts[shard].items()})
+        return {"features": features, "labels": self.labels[index]}
 
     def batch(self, rows: Sequence[int], views: Sequence[int]) -> dict[str, Any]:
         """Some images, one view each, as `model(**batch)` takes them."""
         labels = torch.tensor([self.labels[i] for i in rows])
         if len(self._parts) == 1:
             at = torch.tensor([rows, views])
-            return {"features": {k: v[at[0], at[1]] for k, v in self._parts[0].items()}, "labels": labels}
+            return {"features": _finite({k: v[at[0], at[1]] for k, v in self._parts[0].items()}), "labels": labels}
         found = []
         for row, view in zip(rows, views, strict=True):
             shard = bisect.bisect_right(self._starts, row) - 1
             found.append({k: v[row - self._starts[shard], view] for k, v in self._parts[shard].items()})
-        return {"features": {k: torch.stack([f[k] for f in found]) for k in found[0]}, "labels": labels}
+        return {"features": _finite({k: torch.stack([f[k] for f in found]) for k in found[0]}), "labels": labels}
 
     def subset(
         self, indices: Sequence[int], new_labels: Sequence[int] | None = None, classes: Sequence[str] | None = None
@@ -114,7 +116,7 @@ class FeatureBank(Dataset[dict[str, Any]]):
         labels = torch.tensor(self.labels)
         starts = range(0, len(self), batch_size)
         return [
-            ({k: v[s : s + batch_size, view] for k, v in self.features.items()}, labels[s : s + batch_size])
+            (_finite({k: v[s : s + batch_size, view] for k, v in self.features.items()}), labels[s : s + batch_size])
             for s in starts
         ]
 
@@ -241,6 +243,16 @@ class FeatureBank(Dataset[dict[str, Any]]):
         if other:
             said = ", ".join(f"{n} {self.settings[n]!r} (the model's: {wanted[n]!r})" for n in other)
             raise FVGError(f"this bank was encoded with {said}; encode it again with FeatureBank.encode(model, …).")
+
+
+def _finite(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows of a bank as they are handed out; a whole bank is not read to be checked.
+
+    Raises:
+        FVGError: a value that is NaN or infinite; the tensor is named.
+    """
+    refuse_not_finite(features, "a feature bank", "Look at the images and the model, and encode it again.")
+    return features
 
 
 @dataclass

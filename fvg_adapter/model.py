@@ -20,13 +20,14 @@ from fvg_adapter.attention import AttentionProbe
 from fvg_adapter.config import FVGConfig
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.foreground import ForegroundSource, resolve_source
-from fvg_adapter.heads import BottleneckAdapter, ReliabilityGate
+from fvg_adapter.heads import N_CUES, BottleneckAdapter, ReliabilityGate
 from fvg_adapter.modes import Hold, keep_full_precision
 from fvg_adapter.outputs import FVGOutput, Prediction, Status
 from fvg_adapter.storage import HEADS_FILE, Pretrained, load_own
 from fvg_adapter.tuners.base import Tuner, check_labels
 from fvg_adapter.tuners.prompts import plain
 from fvg_adapter.tuners.zero_shot import ZeroShot
+from fvg_adapter.untrusted import made_for, room_for
 from fvg_adapter.views import ViewEncoder, Views
 
 BRANCHES = ("auto", "base", "new", "joint")
@@ -73,6 +74,8 @@ class FVGModel(nn.Module, Pretrained):
         self._seen: tuple[tuple[tuple[str, ...], tuple[str, ...]], list[bool]] | None = None
         self.wraps_clip = False
         dim, device = tuner.encoder.feature_dim, tuner.encoder.device
+        room_for("visual_adapter.down.weight", config.bottleneck, dim)
+        room_for("foreground_gate.hidden.weight", config.gate_hidden, N_CUES)
         self.visual_adapter: BottleneckAdapter = BottleneckAdapter(dim, config.bottleneck, config.init_std)
         self.text_adapter: BottleneckAdapter = BottleneckAdapter(dim, config.bottleneck, config.init_std)
         self.foreground_gate: ReliabilityGate = ReliabilityGate(config.gate_hidden)
@@ -475,7 +478,7 @@ class FVGModel(nn.Module, Pretrained):
     def rebuild(
         cls,
         config: dict[str, Any],
-        tensors: dict[str, dict[str, Tensor]],
+        tensors: dict[str, Mapping[str, Tensor]],
         clip: nn.Module,
         tokenizer: Any,
         classes: Any = None,
@@ -488,7 +491,8 @@ class FVGModel(nn.Module, Pretrained):
         tuner = tuner_class(config).rebuild(config, tensors, clip, tokenizer, None, folder)
         try:
             source = resolve_source(config.get("foreground", "attention"))
-            model = cls(tuner, settings, foreground=source, base_classes=config["base_classes"])
+            with made_for(tensors.get(HEADS_FILE, {})):
+                model = cls(tuner, settings, foreground=source, base_classes=config["base_classes"])
         except BaseException:
             tuner.detach()
             raise

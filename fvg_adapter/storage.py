@@ -19,18 +19,26 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from fvg_adapter.base_models import check_base_model, hub_errors, load_base_model, load_tokenizer
+from fvg_adapter.base_models import check_base_model, hub_errors, load_base_model, load_tokenizer, refuse_path
 from fvg_adapter.errors import FVGError
+from fvg_adapter.untrusted import TensorFile, read_json, shapes_of
 
 FORMAT = "fvg_adapter"
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 TUNER_FILE = "tuner.safetensors"
 HEADS_FILE = "fvg_heads.safetensors"
-_MAX_CONFIG_BYTES = 16 * 2**20
+MAX_CLASSES = 32_768
+"""Class names in a file; ImageNet-21k has 21,843."""
+_PARTS = {"base_model": dict, "sha256": dict, "tuner": dict, "base_classes": list, "classes": list}
+_TEXTS = {
+    "": ("kind", "foreground"),
+    "tuner": ("kind",),
+    "base_model": ("id", "revision", "path", "tokenizer", "class"),
+}
 _PATTERNS = [CONFIG_FILE, TUNER_FILE, HEADS_FILE, "lora/*"]
 
 Self = TypeVar("Self", bound="Pretrained")
@@ -51,7 +59,7 @@ class Pretrained:
     def rebuild(
         cls: type[Self],
         config: dict[str, Any],
-        tensors: dict[str, dict[str, Tensor]],
+        tensors: dict[str, Mapping[str, Tensor]],
         clip: nn.Module,
         tokenizer: Any,
         classes: Any = None,
@@ -202,6 +210,8 @@ def load_any(
             f"{id_or_dir} holds a {cls.__name__}, not a {allowed.__name__}; use fvg_adapter.load for either."
         )
     tensors = read_tensors(folder, config)
+    if not Path(id_or_dir).is_dir():
+        refuse_path(config["base_model"], str(id_or_dir))
     if clip is None:
         clip = load_base_model(config["base_model"], **hub)
     check_base_model(clip, config["base_model"])
@@ -244,13 +254,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FVGError(f"{folder} has no {CONFIG_FILE}; it was not written by fvg_adapter's save_pretrained.")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise FVGError(f"{path} has {path.stat().st_size} bytes; no config of ours is larger than {_MAX_CONFIG_BYTES}.")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FVGError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    config = read_json(path, "a config")
+    if config.get("format") != FORMAT:
         raise FVGError(
             f"{path} is no fvg_adapter config (its 'format' is not {FORMAT!r}); is this another library's folder?"
         )
@@ -262,25 +267,41 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} has format version {version}, but this fvg_adapter reads up to {FORMAT_VERSION}; "
             "upgrade with pip install -U fvg-adapter."
         )
-    for key, kind in (
-        ("base_model", dict),
-        ("sha256", dict),
-        ("tuner", dict),
-        ("base_classes", list),
-        ("classes", list),
-    ):
+    for key, kind in _PARTS.items():
         if not isinstance(config.get(key), kind):
             raise FVGError(f"{path} lacks {key!r} (a {kind.__name__}); the file was edited or is incomplete.")
+    for within, keys in _TEXTS.items():
+        part = config[within] if within else config
+        for key in keys:
+            if not isinstance(part.get(key), (str, type(None))):
+                raise FVGError(f"{path} has {key!r} {part[key]!r:.80}; text is expected. The file was edited.")
+    for key in ("base_classes", "classes"):
+        check_saved_classes(config[key], f"{path}: {key!r}")
+    if not isinstance(config["tuner"].get("arguments", {}), dict) or not isinstance(config.get("fvg", {}), dict):
+        raise FVGError(f"{path} has 'arguments' or 'fvg' that are no JSON objects; the file was edited.")
     return config
 
 
-def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """Tensors of the safetensors files that the config lists, each checked against its hash.
+def check_saved_classes(names: list[Any], where: str) -> None:
+    """Refuses class lists that no model of ours can have been saved with.
 
     Raises:
-        FVGError: a file is missing, truncated or not the one that was saved with this config.
+        FVGError: more than `MAX_CLASSES` names, or one that is no text.
     """
-    tensors = {}
+    if len(names) > MAX_CLASSES:
+        raise FVGError(f"{where} holds {len(names)} class names; more than {MAX_CLASSES} are not read from a file.")
+    if not all(isinstance(name, str) for name in names):
+        raise FVGError(f"{where} holds class names that are no text; the file was edited.")
+
+
+def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
+    """The safetensors files that the config lists, each checked against its hash; tensors are read when asked for.
+
+    Raises:
+        FVGError: a file is missing, truncated or not the one that was saved with this config; its header claims what
+            the file has no room for, or tensors that are no floating point numbers.
+    """
+    tensors: dict[str, Mapping[str, Tensor]] = {}
     for name, digest in config["sha256"].items():
         if name not in (TUNER_FILE, HEADS_FILE):
             raise FVGError(
@@ -289,41 +310,31 @@ def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[str,
         path = folder / name
         if not path.is_file():
             raise FVGError(f"{folder} has no {name}, which its {CONFIG_FILE} lists; copy or download the whole folder.")
-        try:
-            tensors[name] = load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise FVGError(
-                f"{path} is no whole safetensors file: {error}; copy it again, or download it again "
-                "with force_download=True."
-            ) from error
-        if _sha256(path) != digest:
-            raise FVGError(
-                f"{path} is not the file that was saved with this {CONFIG_FILE} (its sha256 differs): an interrupted "
-                "save or a mixed copy. Save again, or take both files from the same revision."
-            )
+        tensors[name] = TensorFile(path, str(digest))
     return tensors
 
 
 def load_own(
     module: nn.Module, tensors: Mapping[str, Tensor], what: str, own: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Loads tensors into a module's own parameters; every name must fit, and so must every shape.
+    """Loads tensors into a module's own parameters; every name must fit, and so must every shape, before any is read.
 
     Args:
         module: what to load into. tensors: from the file `what`.
         own: the tensors expected, when only a part of `module.state_dict()` lies in this file.
 
     Raises:
-        FVGError: missing, unexpected or misshapen tensors, all of them named.
+        FVGError: missing, unexpected or misshapen tensors, all of them named; values that are NaN or infinite.
     """
     whole = module.state_dict()
     own = whole if own is None else own
-    problems = [f"missing {k}" for k in own if k not in tensors]
-    problems += [f"unexpected {k}" for k in tensors if k not in own]
+    shapes = shapes_of(tensors)
+    problems = [f"missing {k}" for k in own if k not in shapes]
+    problems += [f"unexpected {k[:80]}" for k in shapes if k not in own]
     problems += [
-        f"{k} is {tuple(tensors[k].shape)}, expected {tuple(v.shape)}"
+        f"{k} is {shapes[k]}, expected {tuple(v.shape)}"
         for k, v in own.items()
-        if k in tensors and tensors[k].shape != v.shape
+        if k in shapes and shapes[k] != tuple(v.shape)
     ]
     if problems:
         raise FVGError(f"the tensors of {what} do not fit: {'; '.join(problems[:8])}.")

@@ -343,6 +343,7 @@ class DualEncoder:
         direct, by_half = hashlib.sha256(), hashlib.sha256()
         for name in self.layout.identity:
             value = self._named(name)
+            value = getattr(value, "original_module", value)  # PEFT's copy of a whole module is not the base model's
             value = getattr(value, "weight", value)
             value = getattr(value, "base_layer", value)
             if isinstance(value, Tensor):

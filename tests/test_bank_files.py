@@ -265,11 +265,11 @@ def test_a_folder_with_another_bank_is_refused(changed: dict[str, Any], model: F
 @pytest.mark.parametrize(
     ("edit", "told"),
     [
-        ({"version": 99}, "another format version"),
+        ({"version": 99}, "has format version 99, but this fvg_adapter reads 2; upgrade"),
         ({"format": "zip"}, "is no index"),
         ({"surprise": 1}, "does not hold what an index holds"),
-        ({"rows": 0}, "no whole numbers"),
-        ({"labels": ["a"]}, "no whole numbers"),
+        ({"rows": 0}, "has rows of the wrong type, or out of range"),
+        ({"labels": ["a"]}, "has labels of the wrong type, or out of range"),
         ({"views": 7}, "but the index says"),
     ],
 )
@@ -280,7 +280,7 @@ def test_an_index_that_lies_is_refused(edit: dict[str, Any], told: str, model: F
     with pytest.raises(FVGError, match=told):
         FeatureBank.load(tmp_path / "bank")
     index.write_text("[1, 2")
-    with pytest.raises(FVGError, match="cannot be read as JSON"):
+    with pytest.raises(FVGError, match="is not valid JSON"):
         FeatureBank.load(tmp_path / "bank")
 
 

@@ -386,7 +386,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--seeds", "1,1"), "differ from the others"),
         (("--tuner", "co-op"), "Did you mean 'coop'?"),
         (("--tuner", "zero_shot", "--tune-lr", "1"), "learns nothing in stage one"),
-        (("--tuner-options", "{n_ctx"), "is no JSON"),
+        (("--tuner-options", "{n_ctx"), "must be a JSON object"),
         (("--tuner-options", "[1]"), "must be a JSON object"),
         (("--foreground", "mask"), "foreground is 'mask'"),
         (("--precision", "bf61"), "Did you mean 'bf16'?"),

@@ -190,13 +190,15 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     Raises:
         FVGError: unreadable, or no object.
     """
+    from fvg_adapter import untrusted  # brings torch
+
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise FVGError(f"{what} {path} cannot be read as JSON: {first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise FVGError(f'{what} {path} must hold one JSON object, such as {{"lambda_distill": 5}}.')
-    return value
+        return untrusted.read_json(path, "a JSON file")
+    except FVGError as error:
+        raise FVGError(
+            f'{what} {path} cannot be read: {first_line(error)} One JSON object such as {{"lambda_distill": 5}} is '
+            "expected."
+        ) from error
 
 
 def class_names(given: str) -> list[str]:
@@ -206,9 +208,12 @@ def class_names(given: str) -> list[str]:
         FVGError: an unreadable file, or no names at all.
     """
     if given.startswith("@"):
+        from fvg_adapter import untrusted
+
         try:
-            parts = Path(given[1:]).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            content = untrusted.read_bytes(Path(given[1:]), untrusted.MAX_JSON_BYTES, "a list of class names")
+            parts = content.decode("utf-8").splitlines()
+        except ValueError as error:
             raise FVGError(f"the class names in {given[1:]!r} cannot be read: {error}") from error
     else:
         parts = given.split(",")
@@ -226,13 +231,15 @@ def json_object(text: str | None) -> dict[str, Any]:
     """
     if text is None:
         return {}
+    from fvg_adapter import untrusted
+
     try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise FVGError(f"--tuner-options {text!r} is no JSON: {first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise FVGError(f"--tuner-options must be a JSON object such as '{{\"n_ctx\": 8}}', but is {text!r}.")
-    return value
+        return untrusted.parse_json(text.encode("utf-8", "replace"), "--tuner-options")
+    except FVGError as error:
+        raise FVGError(
+            f"--tuner-options must be a JSON object such as '{{\"n_ctx\": 8}}', but is {text!r:.200}: "
+            f"{first_line(error)}"
+        ) from None
 
 
 def first_line(error: Exception) -> str:

@@ -272,6 +272,7 @@ def _normalisation(model: str) -> dict[str, Any]:
             continue
         if found is not None:
             content = read_json(Path(found), "the model's")
-            content = content.get("image_processor", content)
+            inner = content.get("image_processor", content)
+            content = inner if isinstance(inner, dict) else content
             return {key: content[key] for key in ("image_mean", "image_std") if content.get(key)}
     return {}

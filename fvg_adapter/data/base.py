@@ -6,6 +6,7 @@ import copy
 import operator
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -194,7 +195,7 @@ def class_names(classes: Sequence[str]) -> list[str]:
     names = [] if isinstance(classes, str) else list(classes)
     if not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise DataError(f"A list of class names, none of them empty, is expected, but was given {classes!r:.200}.")
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    twice = sorted(name for name, count in Counter(names).items() if count > 1) if len(set(names)) < len(names) else []
     if twice:
         raise DataError(f"Class names must differ, but these come more than once: {listed(twice)}.")
     return names

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
 
 from fvg_adapter.errors import FVGError
 
 _LISTED = 5
+_COMPARED, _GIVEN = 2000, 100
 
 
 class DataError(FVGError):
@@ -35,7 +37,7 @@ def listed(names: Iterable[object], limit: int = _LISTED) -> str:
 
 def suggestion(given: object, valid: Iterable[str]) -> str:
     """The nearest valid name and the first of all of them: `Did you mean 'train'? There is: 'test', 'train'.`"""
-    names = list(valid)
-    close = difflib.get_close_matches(str(given), names, n=1)
+    names = list(islice(valid, _COMPARED))
+    close = difflib.get_close_matches(str(given)[:_GIVEN], names, n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""
     return f"{hint}There is: {listed(names, limit=10)}."

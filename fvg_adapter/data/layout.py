@@ -12,6 +12,8 @@ from pathlib import Path
 from fvg_adapter.data.base import class_names
 from fvg_adapter.data.errors import DataError, listed, suggestion
 from fvg_adapter.data.images import is_image_name
+from fvg_adapter.errors import FVGError
+from fvg_adapter.untrusted import MAX_JSON_BYTES, read_bytes
 
 MASK_FOLDER = "mask"
 CLASSES_FILE = "classes.txt"
@@ -146,9 +148,11 @@ def _given_names(root: Path, classes: Sequence[str] | None) -> tuple[list[str] |
     if not file.is_file():
         return None, str(root)
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_bytes(file, MAX_JSON_BYTES, "a list of class names").decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text ({error}): one class name a line is expected.") from error
+    except FVGError as error:
+        raise DataError(f"{file}: {error}") from error
     try:
         return class_names([line.strip() for line in lines if line.strip()]), str(file)
     except DataError as error:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fvg_adapter.errors import FVGError
 from fvg_adapter.tuners.averaging import GaussianAverage
+from fvg_adapter.untrusted import read_header
 
 _STATE, _WEIGHTS, _AVERAGE = "trainer_state.json", "model.safetensors", "average.safetensors"
 _PREFIX = "checkpoint-"
@@ -47,9 +48,8 @@ def checkpoint_for(
         if not _is_whole(found):
             raise FVGError(f"{found} is no whole checkpoint of fit: a folder with {_WEIGHTS} and {_STATE}.")
     try:
-        with safe_open(found / _WEIGHTS, "pt") as file:
-            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+        saved = read_header(found / _WEIGHTS).shapes
+    except OSError as error:
         raise FVGError(f"{found / _WEIGHTS} is no whole safetensors file: {error}.") from error
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if saved != own:
@@ -73,9 +73,9 @@ def load_average(average: GaussianAverage, folder: Path) -> None:
     """
     try:
         with safe_open(folder / _AVERAGE, "pt") as file:
-            seen = int(file.metadata()["seen"])
+            seen = int((file.metadata() or {})["seen"])
         average.load_state_dict({"seen": seen, "sums": load_file(folder / _AVERAGE)})
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise FVGError(f"{folder} has no whole {_AVERAGE}, which this tuner needs to go on: {error}.") from error
 
 

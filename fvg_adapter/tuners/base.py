@@ -24,10 +24,12 @@ from fvg_adapter.modes import Hold, full_precision, keep_full_precision
 from fvg_adapter.storage import TUNER_FILE, Pretrained, load_own, own_tensors_only
 from fvg_adapter.towers import DualEncoder
 from fvg_adapter.tuners.adapters import adapter_layers, adapter_state, adapts_images, without_adapter
+from fvg_adapter.tuners.arguments import check_arguments
 from fvg_adapter.tuners.cache import TextCache, parameters_of, remembered
 from fvg_adapter.tuners.encoding import encode_in_passes
 from fvg_adapter.tuners.passes import own_pass, untouched
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Prompts, check_classes, check_template, fill, tokenize
+from fvg_adapter.untrusted import made_for
 
 Self = TypeVar("Self", bound="Tuner")
 
@@ -408,7 +410,7 @@ class Tuner(nn.Module, Pretrained):
     def rebuild(
         cls: type[Self],
         config: dict[str, Any],
-        tensors: dict[str, dict[str, Tensor]],
+        tensors: dict[str, Mapping[str, Tensor]],
         clip: nn.Module,
         tokenizer: Any,
         classes: Any = None,
@@ -422,8 +424,11 @@ class Tuner(nn.Module, Pretrained):
                 "give "
                 "clip=PeftModel.from_pretrained(…). Behind LoRA(peft_model, …) they are saved too."
             )
+        arguments = config["tuner"].get("arguments", {})
+        check_arguments(cls, arguments)
         try:
-            tuner = cls(clip, tokenizer, cls.saved_classes(config, own), **config["tuner"].get("arguments", {}))
+            with made_for(own):
+                tuner = cls(clip, tokenizer, cls.saved_classes(config, own), **arguments)
         except TypeError as error:
             raise FVGError(f"the config's arguments do not fit {cls.__name__}: {error}.") from error
         try:
@@ -439,7 +444,7 @@ class Tuner(nn.Module, Pretrained):
         return tuner
 
     @classmethod
-    def saved_classes(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    def saved_classes(cls, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
         """What `classes` was on construction."""
         return config["base_classes"]
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.tuners.base import Tuner
-from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Position, Prompts, plain, with_context
+from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Position, Prompts, check_context, plain, with_context
+from fvg_adapter.untrusted import room_for
 
 _POSITIONS: tuple[Position, ...] = ("end", "front", "middle")
 _THREAD = threading.local()
@@ -51,6 +52,7 @@ class CoOp(Tuner):
         class_token_position: Position = "end",
         template: str = DEFAULT_TEMPLATE,
     ) -> None:
+        check_context("n_ctx", n_ctx, ctx_init)
         words = (ctx_init or "").replace("_", " ").strip()
         if class_token_position not in _POSITIONS:
             raise FVGError(
@@ -74,9 +76,11 @@ class CoOp(Tuner):
     def _initial_context(self) -> Tensor:
         table = self.encoder.token_embedding.weight
         if self._ctx_init:
+            room_for("ctx", self._n_ctx, self.encoder.text_width)
             ids = self.tokenized([self._ctx_init]).input_ids[0, 1 : 1 + self._n_ctx]
             return table.detach()[ids.to(table.device)].float().clone()  # (n_ctx, d)
         rows = (len(self.base_classes),) if self._csc else ()
+        room_for("ctx", *rows, self._n_ctx, self.encoder.text_width)
         return torch.empty(*rows, self._n_ctx, self.encoder.text_width, device=table.device).normal_(std=0.02)
 
     def _check_prompts(self, classes: tuple[str, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -195,7 +195,7 @@ class External(Tuner):
     def rebuild(
         cls,
         config: dict[str, Any],
-        tensors: dict[str, dict[str, Tensor]],
+        tensors: dict[str, Mapping[str, Tensor]],
         clip: nn.Module,
         tokenizer: Any,
         classes: Any = None,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.layouts import Layout
+from fvg_adapter.storage import TUNER_FILE
+from fvg_adapter.tuners.adapter_files import FOLDER, WEIGHTS, fitting, read_adapter
 from fvg_adapter.tuners.adapters import (
     adapter_layers,
     adapts_images,
@@ -20,13 +22,14 @@ from fvg_adapter.tuners.adapters import (
     plain_output,
     take_out,
 )
-from fvg_adapter.tuners.base import Tuner
+from fvg_adapter.tuners.arguments import check_arguments
+from fvg_adapter.tuners.base import Tuner, feature_encoder
 from fvg_adapter.tuners.passes import acts, let_gradients_in
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE
 
-FOLDER = "lora"
-WEIGHTS = "adapter_model.safetensors"
 ADAPTER = "default"
+_REFUSALS = (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, ArithmeticError, AssertionError)
+"""What PEFT raises for configs that fit no model."""
 _PREFIX = "base_model.model."
 _TOWERS = {"both": "text|vision", "text": "text", "vision": "vision"}
 
@@ -101,14 +104,18 @@ class LoRA(Tuner):
     def _inject(self, config: Any) -> None:
         from peft import inject_adapter_in_model
 
+        from_file = isinstance(config, _FromFile)
+        config = config.config if from_file else config
         try:
-            inject_adapter_in_model(config, self.encoder.model, ADAPTER)
+            inject_adapter_in_model(config, self.encoder.model, ADAPTER, low_cpu_mem_usage=from_file)
             if not adapter_layers(self.encoder.model):
                 raise FVGError(f"{type(config).__name__} adapts no layer of {type(self.encoder.model).__name__}.")
-        except (ValueError, TypeError) as error:
+        except BaseException as error:
             take_out(self.encoder.model, adapter_layers(self.encoder.model))
             self._hold.release(self.clip)
-            raise error if isinstance(error, FVGError) else FVGError(f"PEFT refused the config: {error}") from error
+            if isinstance(error, FVGError) or not isinstance(error, _REFUSALS):
+                raise
+            raise FVGError(f"PEFT refused the config: {error}") from error
 
     def _suspend(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: outside this tuner's own passes and the owner's direct calls, what the plain layer gives."""
@@ -185,14 +192,14 @@ class LoRA(Tuner):
     def rebuild(
         cls,
         config: dict[str, Any],
-        tensors: dict[str, dict[str, Tensor]],
+        tensors: dict[str, Mapping[str, Tensor]],
         clip: nn.Module,
         tokenizer: Any,
         classes: Any = None,
         folder: Path | None = None,
     ) -> LoRA:
         """The tuner again around a plain CLIP, its adapter read from lora/; see `Pretrained.from_pretrained`."""
-        from peft import PeftConfig, set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
         if folder is None or not (folder / FOLDER / WEIGHTS).is_file():
             raise FVGError(
@@ -202,18 +209,19 @@ class LoRA(Tuner):
             raise FVGError(
                 "the model given has adapters already; give the plain CLIP, to which the saved ones are added."
             )
-        arguments = dict(config["tuner"].get("arguments", {}))
-        tuner = cls(
-            clip,
-            tokenizer,
-            config["base_classes"],
-            peft_config=PeftConfig.from_pretrained(str(folder / FOLDER)),
-            **arguments,
-        )
+        if tensors.get(TUNER_FILE):
+            raise FVGError(f"{TUNER_FILE} of a LoRA tuner holds no tensors, but has {list(tensors[TUNER_FILE])[:4]}.")
+        arguments = config["tuner"].get("arguments", {})
+        check_arguments(cls, arguments)
+        peft_config, saved = read_adapter(folder, feature_encoder(clip).model)
+        tuner = cls(clip, tokenizer, config["base_classes"], peft_config=_FromFile(peft_config), **arguments)
         try:
-            state = {k.removeprefix(_PREFIX): v for k, v in load_file(folder / FOLDER / WEIGHTS).items()}
-            _fit(state, tuner)
-            set_peft_model_state_dict(tuner.encoder.model, state, adapter_name=ADAPTER)
+            model = tuner.encoder.model
+            own = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+            device = tuner.encoder.device
+            state = {k: v.float().to(device) for k, v in fitting(saved, own, _PREFIX).items()}
+            set_peft_model_state_dict(model, state, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+            _refuse_unfilled(tuner)
             names = classes if classes is not None else config["classes"] if config["kind"] == "tuner" else None
             if names is not None:
                 tuner.set_classes(names)
@@ -222,6 +230,20 @@ class LoRA(Tuner):
             raise
         tuner.eval()
         return tuner
+
+
+class _FromFile:
+    """A PEFT config from a file: its adapter gets memory when the file's tensors are known to fit it."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+
+def _refuse_unfilled(tuner: LoRA) -> None:
+    """Raises FVGError where the file left a part of the adapter without values."""
+    left = [n for n, p in tuner.encoder.model.named_parameters() if p.is_meta]
+    if left:
+        raise FVGError(f"the adapter in {FOLDER}/ does not fit: {'; '.join(left[:6])} are missing.")
 
 
 def clip_lora(layout: Layout, towers: str = "both") -> Any:
@@ -237,21 +259,6 @@ def clip_lora(layout: Layout, towers: str = "both") -> Any:
         lora_dropout=0.25,
         target_modules=rf"(?:.*\.)?(?:{_TOWERS[towers]})_model\..*\.(?:{names})",
     )
-
-
-def _fit(state: dict[str, Tensor], tuner: LoRA) -> None:
-    """Raises FVGError unless the saved tensors are those of the injected adapter."""
-    from peft import get_peft_model_state_dict
-
-    own = get_peft_model_state_dict(tuner.encoder.model, adapter_name=ADAPTER)
-    problems = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    problems += [
-        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if problems:
-        raise FVGError(f"the adapter in {FOLDER}/ does not fit: {'; '.join(problems[:6])}.")
 
 
 def _with_adapters(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -17,7 +17,8 @@ from fvg_adapter.modes import full_precision
 from fvg_adapter.towers import hidden_of, replace_hidden
 from fvg_adapter.tuners.base import Tuner, TunerOutput, check_labels
 from fvg_adapter.tuners.passes import acts, let_gradients_in, marked, own_pass
-from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE
+from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, check_context
+from fvg_adapter.untrusted import room_for
 
 LOGIT_SCALE = 100.0
 """The constant in the authors' forward; the CLIP's own logit_scale is not used."""
@@ -77,6 +78,7 @@ class MMRL(Tuner):
     ) -> None:
         if n_rep_tokens < 1 or rep_dim < 1:
             raise FVGError(f"n_rep_tokens is {n_rep_tokens} and rep_dim {rep_dim}; both must be at least 1.")
+        check_context("n_rep_tokens", n_rep_tokens)
         if not 0 <= alpha <= 1 or reg_weight < 0:
             raise FVGError(
                 f"alpha must lie in [0, 1] and reg_weight not below 0, but they are {alpha} and {reg_weight}."
@@ -104,6 +106,9 @@ class MMRL(Tuner):
 
     def _make_parameters(self) -> None:
         encoder, count, device = self.encoder, len(self._rep_layers), self.encoder.device
+        room_for("rep_tokens", self._n_rep, self._rep_dim)
+        for name, width in (("r2t", encoder.text_width), ("r2v", encoder.vision_width)):
+            room_for(f"{name}_weight", count, width, self._rep_dim)
         self.rep_tokens: nn.Parameter = nn.Parameter(
             torch.empty(self._n_rep, self._rep_dim, device=device).normal_(std=0.02)
         )

@@ -18,6 +18,10 @@ from fvg_adapter.errors import FVGError
 Tokenizer = Callable[..., Any]
 Position = Literal["end", "front", "middle"]
 DEFAULT_TEMPLATE = "a photo of a {}."
+MAX_CHARACTERS = 4096
+"""Of a class name, a template, or words to start from; the longest text tower supported holds 512 tokens."""
+MAX_CONTEXT = 1024
+"""Learned tokens in a prompt, in a picture, or of a representation."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,9 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
         raise FVGError("classes is empty; give at least one class name.")
     for name in names:
         if not isinstance(name, str) or not plain(name):
-            raise FVGError(f"class names must be non-empty text, but one is {name!r}.")
+            raise FVGError(f"class names must be non-empty text, but one is {name!r:.200}.")
+        if len(name) > MAX_CHARACTERS:
+            raise FVGError(f"the class name {name[:40]!r}… has {len(name)} characters; a text tower reads far fewer.")
     seen: dict[str, str] = {}
     for name in names:
         if plain(name) in seen:
@@ -77,6 +83,18 @@ def plain(name: str) -> str:
     return name.replace("_", " ").strip()
 
 
+def check_context(name: str, tokens: int, words: str | None = "") -> None:
+    """Refuses contexts before words are made for them.
+
+    Raises:
+        FVGError: more than `MAX_CONTEXT` tokens, or more than `MAX_CHARACTERS` characters.
+    """
+    if tokens > MAX_CONTEXT:
+        raise FVGError(f"{name} is {tokens}, but a tower reads no more than {MAX_CONTEXT} learned tokens; give fewer.")
+    if len(words or "") > MAX_CHARACTERS:
+        raise FVGError(f"ctx_init has {len(words or '')} characters; give the {tokens} words that {name} asks for.")
+
+
 def fill(template: str, name: str) -> str:
     """The template with a class name in it."""
     return template.replace("{}", plain(name))
@@ -88,9 +106,9 @@ def check_template(template: str) -> str:
     Raises:
         FVGError: it has not exactly one place `{}` for the class name.
     """
-    if not isinstance(template, str) or template.count("{}") != 1:
+    if not isinstance(template, str) or template.count("{}") != 1 or len(template) > MAX_CHARACTERS:
         raise FVGError(
-            f"template {template!r} needs exactly one {{}} for the class name, such as {DEFAULT_TEMPLATE!r}."
+            f"template {template!r:.200} needs exactly one {{}} for the class name, such as {DEFAULT_TEMPLATE!r}."
         )
     return template
 

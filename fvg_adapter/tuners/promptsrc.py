@@ -16,9 +16,11 @@ from fvg_adapter.towers import hidden_of, replace_hidden
 from fvg_adapter.tuners.averaging import GaussianAverage
 from fvg_adapter.tuners.base import Tuner, TunerOutput, check_labels
 from fvg_adapter.tuners.passes import acts, marked, untouched
-from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Prompts, check_template, fill, with_context
+from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Prompts, check_context, check_template, fill, with_context
 from fvg_adapter.tuners.templates import PROMPTSRC_TEMPLATES
+from fvg_adapter.untrusted import room_for
 
+MAX_TEMPLATES = 1000
 WORDS_UP_TO = 4
 """Contexts longer than this start at random, whatever the init words (trainers/promptsrc.py)."""
 
@@ -73,6 +75,8 @@ class PromptSRC(Tuner):
         gpa_std: float = 1,
         template: str = DEFAULT_TEMPLATE,
     ) -> None:
+        check_context("n_ctx_text", n_ctx_text, ctx_init)
+        check_context("n_ctx_vision", n_ctx_vision)
         words = (ctx_init or "").replace("_", " ").strip() if n_ctx_text <= WORDS_UP_TO else ""
         self._words, self._ctx_init = words or " ".join(["X"] * n_ctx_text), words
         self._n_text, self._n_vision = n_ctx_text, n_ctx_vision if prompt_depth_vision else 0
@@ -97,8 +101,11 @@ class PromptSRC(Tuner):
                 f"and 0 "
                 "are needed."
             )
-        if not self._teacher_templates:
-            raise FVGError("teacher_templates is empty; give at least one prompt.")
+        if not 1 <= len(self._teacher_templates) <= MAX_TEMPLATES:
+            raise FVGError(
+                f"teacher_templates holds {len(self._teacher_templates)} prompts; give at least one and at most "
+                f"{MAX_TEMPLATES}."
+            )
 
     def _check_prompts(self, classes: tuple[str, ...]) -> None:
         for kind, depth, layers in (
@@ -119,6 +126,7 @@ class PromptSRC(Tuner):
     def _make_parameters(self) -> None:
         table, encoder = self.encoder.token_embedding.weight, self.encoder
         deep_text, deep_vision = self._depth_text - 1, self._depth_vision - 1
+        room_for("text_ctx", self._n_text, encoder.text_width)
         if self._ctx_init:
             ids = self.tokenized([self._ctx_init]).input_ids[0, 1 : 1 + self._n_text]
             self.text_ctx: nn.Parameter = nn.Parameter(
@@ -127,10 +135,13 @@ class PromptSRC(Tuner):
         else:
             self.text_ctx = _random(table, self._n_text, encoder.text_width)
         if deep_text:
+            room_for("text_deep", deep_text, self._n_text, encoder.text_width)
             self.text_deep: nn.Parameter = _random(table, deep_text, self._n_text, encoder.text_width)
         if self._depth_vision:
+            room_for("vision_ctx", self._n_vision, encoder.vision_width)
             self.vision_ctx: nn.Parameter = _random(table, self._n_vision, encoder.vision_width)
         if deep_vision > 0:
+            room_for("vision_deep", deep_vision, self._n_vision, encoder.vision_width)
             self.vision_deep: nn.Parameter = _random(table, deep_vision, self._n_vision, encoder.vision_width)
 
     # -- hooks -----------------------------------------------------------------------------------------------------

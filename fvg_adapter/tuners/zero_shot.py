@@ -14,6 +14,7 @@ from fvg_adapter.modes import full_precision
 from fvg_adapter.towers import DualEncoder
 from fvg_adapter.tuners.base import Tuner, feature_encoder
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, check_classes
+from fvg_adapter.untrusted import shapes_of
 
 
 class ZeroShot(Tuner):
@@ -75,13 +76,14 @@ class ZeroShot(Tuner):
         return super().prior_text_features() if self._given is None else self._given_features()
 
     @classmethod
-    def saved_classes(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    def saved_classes(cls, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
         """Class names, or {name: feature} where features were given and saved."""
         names = config["base_classes"]
         if "class_features" not in tensors:
             return names
-        if len(tensors["class_features"]) != len(names):
-            raise FVGError(f"{len(names)} classes, but {len(tensors['class_features'])} text features were saved.")
+        shape = shapes_of(tensors)["class_features"]
+        if shape[:1] != (len(names),):
+            raise FVGError(f"{len(names)} classes, but text features of shape {shape} were saved.")
         return dict(zip(names, tensors["class_features"], strict=True))
 
     def _given_features(self) -> Tensor:
