@@ -211,7 +211,9 @@ class LoRA(Tuner):
             **arguments,
         )
         try:
-            state = {k.removeprefix(_PREFIX): v for k, v in load_file(folder / FOLDER / WEIGHTS).items()}
+            weights = tensors.get(f"{FOLDER}/{WEIGHTS}")  # checked against the config's hash, where it has one
+            weights = load_file(folder / FOLDER / WEIGHTS) if weights is None else weights
+            state = {k.removeprefix(_PREFIX): v for k, v in weights.items()}
             _fit(state, tuner)
             set_peft_model_state_dict(tuner.encoder.model, state, adapter_name=ADAPTER)
             names = classes if classes is not None else config["classes"] if config["kind"] == "tuner" else None
