@@ -98,7 +98,9 @@ def replacing(target: Path) -> Iterator[Path]:
         OSError: they cannot be written; the target is what it was.
     """
     inside = target.is_dir()
-    if not inside:
+    if inside:
+        sweep(target.parent)  # what was left by one who was killed right after the target had come to be
+    else:
         target.parent.mkdir(parents=True, exist_ok=True)
     with scratch(target if inside else target.parent) as folder:
         new = folder / "new"
