@@ -4,14 +4,12 @@
     BANK/00000.safetensors …     ROWS_PER_SHARD images each, all views: name -> (rows, K, …)
     BANK/index.json              the plan again, written last: with it the bank is whole
 
-Imports nothing of this package but errors and untrusted.
+Imports replacing, untrusted and errors.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fvg_adapter.errors import FVGError
+from fvg_adapter.replacing import others_in, replacing, replacing_file, settle, sweep
 from fvg_adapter.untrusted import Header, read_header, read_json
 
 FORMAT, VERSION = "fvg_bank", 2
@@ -98,6 +97,8 @@ def write_shards(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
+            sweep(folder)
+            settle(folder)
             _begin(folder, plan)
         wait()
         for number, rows in enumerate(plan.shards):
@@ -121,7 +122,7 @@ def _begin(folder: Path, plan: Plan) -> None:
                 f"{folder} holds another bank: it differs in {'; '.join(differs[:4])}. Delete it or choose another."
             )
         return
-    if any(folder.iterdir()):
+    if others_in(folder):
         raise FVGError(f"{folder} is not empty and holds no bank; give a folder of its own.")
     _write_json(folder / PLAN, plan)
 
@@ -141,19 +142,14 @@ def _whole(file: Path, rows: int) -> bool:
 
 def save_whole(tensors: dict[str, Tensor], target: Path) -> None:
     """One safetensors file, which replaces the target when it is complete."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        save_file(tensors, temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing_file(target) as path:
+        save_file(tensors, path)
 
 
 def _write_json(target: Path, plan: Plan) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     record = {"format": FORMAT, "version": VERSION, **asdict(plan)}
-    temporary.write_text(json.dumps(record, ensure_ascii=False) + "\n", "utf-8")
-    temporary.replace(target)
+    with replacing_file(target) as path:
+        path.write_text(json.dumps(record, ensure_ascii=False) + "\n", "utf-8")
 
 
 def write_bank(folder: Path, plan: Plan, features: Mapping[str, Tensor]) -> Path:
@@ -162,22 +158,18 @@ def write_bank(folder: Path, plan: Plan, features: Mapping[str, Tensor]) -> Path
     Raises:
         FVGError: the folder holds something else, or cannot be written; what is there stays.
     """
-    there = folder.exists()
-    if there and not (folder.is_dir() and ((folder / PLAN).is_file() or not any(folder.iterdir()))):
+    if folder.exists() and not (folder.is_dir() and ((folder / PLAN).is_file() or not others_in(folder))):
         raise FVGError(f"{folder} is not empty and holds no bank; give a folder of its own.")
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{name}") for name in ("new", "old"))
     try:
-        write_shards(new, plan, lambda rows: features)
-        if there:
-            folder.rename(old)
-        new.rename(folder)
-    except OSError as error:
+        with replacing(folder) as new:
+            save_whole({k: _stored(v, plan.dtype) for k, v in features.items()}, shard_file(new, 0))
+            _write_json(new / PLAN, plan)
+            _write_json(new / INDEX, plan)
+        shards = {shard_file(folder, number) for number in range(len(plan.shards))}
+        for left in set(folder.glob("[0-9][0-9][0-9][0-9][0-9].safetensors")) - shards:  # of a larger bank
+            left.unlink()
+    except (OSError, SafetensorError) as error:
         raise FVGError(f"could not write the bank {folder}: {error}. What was there before is unchanged.") from error
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
     return folder
 
 

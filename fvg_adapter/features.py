@@ -34,6 +34,7 @@ from fvg_adapter.data.randomness import drawn_under, randomness_kept, seed_of
 from fvg_adapter.errors import FVGError
 from fvg_adapter.foreground import resolve_source
 from fvg_adapter.model import FVGModel
+from fvg_adapter.replacing import read_whole
 from fvg_adapter.tuners.base import Tuner
 from fvg_adapter.untrusted import refuse_not_finite
 
@@ -216,9 +217,12 @@ class FeatureBank(Dataset[dict[str, Any]]):
         Raises:
             FVGError: no bank, an unfinished or truncated one, or features of another model.
         """
-        folder = Path(path)
-        plan = read_plan(folder)
-        bank = cls(read_shards(folder, plan), plan.labels, plan.classes, plan.fingerprint, plan.settings)
+
+        def read(folder: Path) -> FeatureBank:
+            plan = read_plan(folder)
+            return cls(read_shards(folder, plan), plan.labels, plan.classes, plan.fingerprint, plan.settings)
+
+        bank = read_whole(Path(path), read)
         if model is not None:
             bank.check(model)
         return bank

@@ -29,6 +29,7 @@ from fvg_adapter.errors import FVGError
 from fvg_adapter.evaluation import evaluate
 from fvg_adapter.features import FeatureBank
 from fvg_adapter.model import FVGModel
+from fvg_adapter.replacing import written
 from fvg_adapter.towers import DualEncoder
 from fvg_adapter.train import fit
 from fvg_adapter.tuners import Tuner, ZeroShot, tuner_named
@@ -272,9 +273,8 @@ def base_to_new(
 def _write(results: Results, folder: Path) -> None:
     """results.json, whole; after every seed, so that a later failure loses none."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".results.json"
-    temporary.write_text(json.dumps(results.to_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
-    temporary.replace(folder / "results.json")
+    with written(folder / "results.json") as file:
+        file.write_text(json.dumps(results.to_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 @dataclass

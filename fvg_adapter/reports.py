@@ -15,6 +15,7 @@ import torch
 from fvg_adapter.attention import record_attention
 from fvg_adapter.audit import Audit, ClassAudit, PictureAudit
 from fvg_adapter.model import FVGModel
+from fvg_adapter.replacing import written
 from fvg_adapter.tuners.base import Tuner
 from fvg_adapter.visualize import overlay
 
@@ -66,9 +67,8 @@ def write_report(
         *(_figure(row, model, dataset, str(found.settings.get("outside", "mean"))) for row in shown),
     ]
     page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(page + "\n".join(body) + "\n", encoding="utf-8")
-    temporary.replace(target)
+    with written(target) as file:
+        file.write_text(page + "\n".join(body) + "\n", encoding="utf-8")
     return target
 
 

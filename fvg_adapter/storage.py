@@ -8,13 +8,11 @@ half a revision (FACTS 5.1, 5.4). Imports towers, safetensors and huggingface_hu
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +22,8 @@ from torch import Tensor, nn
 
 from fvg_adapter.base_models import check_base_model, hub_errors, load_base_model, load_tokenizer, refuse_path
 from fvg_adapter.errors import FVGError
-from fvg_adapter.untrusted import TensorFile, read_json, shapes_of
+from fvg_adapter.replacing import read_whole, replacing
+from fvg_adapter.untrusted import OTHER_FILE, TensorFile, read_json, sha256_of, shapes_of
 
 FORMAT = "fvg_adapter"
 FORMAT_VERSION = 1
@@ -40,6 +39,8 @@ _TEXTS = {
     "base_model": ("id", "revision", "path", "tokenizer", "class"),
 }
 _PATTERNS = [CONFIG_FILE, TUNER_FILE, HEADS_FILE, "lora/*"]
+_BESIDE = ("lora/adapter_config.json", "lora/adapter_model.safetensors")
+"""PEFT's files, which the config gives the hash of too (from 0.1 on; files without it are read all the same)."""
 
 Self = TypeVar("Self", bound="Pretrained")
 
@@ -71,7 +72,8 @@ class Pretrained:
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, is_main_process: bool = True) -> Path:
         """Writes config.json and the safetensors files into a folder, all of them or none.
 
-        The files are written beside the target first; what was there stays until every new file is complete.
+        The new files are made apart first, and count together from the moment when all of them are on the disk:
+        whenever this process is killed, a load finds the old save or the new one. Other files in the folder stay.
 
         Args:
             save_directory: the folder. is_main_process: False writes nothing, for all processes but one of a launcher.
@@ -88,12 +90,15 @@ class Pretrained:
         if target.exists() and not target.is_dir():
             raise FVGError(f"{target} is a file; give a folder to save into.")
         try:
-            with _replacing(target) as folder:
+            with replacing(target) as folder:
                 hashes = {}
                 for name, tensors in self.pretrained_tensors().items():
                     data = save({k: _portable(v) for k, v in tensors.items()}, metadata={"format": "pt"})
                     (folder / name).write_bytes(data)  # save_file would make it readable by its owner alone
-                    hashes[name] = _sha256(folder / name)
+                    hashes[name] = sha256_of(folder / name)
+                self.save_beside(folder)
+                beside = (path for path in sorted(folder.rglob("*")) if path.is_file())
+                hashes |= {n: sha256_of(p) for p in beside if (n := p.relative_to(folder).as_posix()) in _BESIDE}
                 config = {
                     "format": FORMAT,
                     "format_version": FORMAT_VERSION,
@@ -102,7 +107,6 @@ class Pretrained:
                     "versions": _versions(),
                 }
                 (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-                self.save_beside(folder)
         except (OSError, SafetensorError) as error:
             raise FVGError(f"could not save to {target}: {error}. What was there before is unchanged.") from error
         return target
@@ -199,8 +203,8 @@ def load_any(
     **hub: Any,
 ) -> Any:
     """Loads whatever was saved: a tuner or an FVG model; `from_pretrained` explains the arguments."""
-    folder = fetch(id_or_dir, revision=revision, **hub)
-    config = read_config(folder)
+    fetched = fetch(id_or_dir, revision=revision, **hub)
+    folder, config, tensors = read_whole(fetched, read)
     find = _KINDS.get(str(config.get("kind")))
     if find is None:
         raise FVGError(f"{folder / CONFIG_FILE} has kind {config.get('kind')!r}; known are {sorted(_KINDS)}.")
@@ -209,7 +213,6 @@ def load_any(
         raise FVGError(
             f"{id_or_dir} holds a {cls.__name__}, not a {allowed.__name__}; use fvg_adapter.load for either."
         )
-    tensors = read_tensors(folder, config)
     if not Path(id_or_dir).is_dir():
         refuse_path(config["base_model"], str(id_or_dir))
     if clip is None:
@@ -219,6 +222,12 @@ def load_any(
     if tokenizer is None and needs_tokenizer:
         tokenizer = load_tokenizer(clip, config["base_model"], **hub)
     return cls.rebuild(config, tensors, clip, tokenizer, classes, folder)
+
+
+def read(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Mapping[str, Tensor]]]:
+    """The folder, its config, and its tensors by file; with `read_whole`, also while another process saves there."""
+    config = read_config(folder)
+    return folder, config, read_tensors(folder, config)
 
 
 def fetch(id_or_dir: str | os.PathLike[str], *, revision: str | None = None, **hub: Any) -> Path:
@@ -303,14 +312,18 @@ def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Mapping[s
     """
     tensors: dict[str, Mapping[str, Tensor]] = {}
     for name, digest in config["sha256"].items():
-        if name not in (TUNER_FILE, HEADS_FILE):
+        if name not in (TUNER_FILE, HEADS_FILE, *_BESIDE):
             raise FVGError(
-                f"{folder / CONFIG_FILE} lists a file {name!r}; only {TUNER_FILE} and {HEADS_FILE} belong to it."
+                f"{folder / CONFIG_FILE} lists a file {name!r}; only {TUNER_FILE}, {HEADS_FILE} and PEFT's in lora/ "
+                "belong to it."
             )
         path = folder / name
         if not path.is_file():
             raise FVGError(f"{folder} has no {name}, which its {CONFIG_FILE} lists; copy or download the whole folder.")
-        tensors[name] = TensorFile(path, str(digest))
+        if path.suffix == ".safetensors":
+            tensors[name] = TensorFile(path, str(digest))
+        elif sha256_of(path) != digest:
+            raise FVGError(OTHER_FILE.format(path))
     return tensors
 
 
@@ -359,46 +372,8 @@ def _forgive_left_out(module: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not any(s in f".{k}" for s in starts)]
 
 
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A new folder beside the target; on success its files move into the target, on failure it is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield folder
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
-        if not target.exists():
-            folder.chmod(0o755)
-            folder.rename(target)
-            return
-        files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.name == CONFIG_FILE)
-        aside: list[tuple[Path, Path | None]] = []
-        try:
-            for number, path in enumerate(files):  # the config last: until then its hashes tell of a killed save
-                to = target / path.relative_to(folder)
-                to.parent.mkdir(parents=True, exist_ok=True)
-                kept = folder / f".old-{number}" if to.exists() else None
-                if kept is not None:
-                    os.link(to, kept) if hasattr(os, "link") else shutil.copy2(to, kept)
-                path.replace(to)
-                aside.append((to, kept))
-        except BaseException:
-            for to, kept in aside:
-                kept.replace(to) if kept is not None else to.unlink()
-            raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _portable(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _versions() -> dict[str, str]:

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -246,16 +246,21 @@ class TensorFile(Mapping[str, Tensor]):
         check_header(self.header, path, names)
         self._path, self._digest = path, digest
         self._tensors: dict[str, Tensor] | None = None
-        if digest is not None:
-            with path.open("rb") as file:
-                self._compare(_sha256_of(file))
+        self._content: bytes | None = None
+        if self.header.bytes <= SMALL_BYTES:  # kept, so that a writer may replace the file meanwhile
+            self._content = read_bytes(path, SMALL_BYTES + MAX_HEADER_BYTES + 8, "a safetensors file")
+            self._compare(hashlib.sha256(self._content).hexdigest())
+        elif digest is not None:
+            self._compare(sha256_of(path))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.header.shapes:
             raise KeyError(name)
         if self._tensors is None:
-            content = read_bytes(self._path, MAX_TENSOR_BYTES + MAX_HEADER_BYTES + 8, "a safetensors file")
-            self._compare(hashlib.sha256(content).hexdigest())
+            content, self._content = self._content, None
+            if content is None:
+                content = read_bytes(self._path, MAX_TENSOR_BYTES + MAX_HEADER_BYTES + 8, "a safetensors file")
+                self._compare(hashlib.sha256(content).hexdigest())
             self._tensors = parse_tensors(content, self._path)
         return self._tensors[name]
 
@@ -267,16 +272,21 @@ class TensorFile(Mapping[str, Tensor]):
 
     def _compare(self, found: str) -> None:
         if self._digest is not None and found != self._digest:
-            raise FVGError(
-                f"{self._path} is not the file that was saved with this config.json (its sha256 differs): an "
-                "interrupted save or a mixed copy. Save again, or take both files from the same revision."
-            )
+            raise FVGError(OTHER_FILE.format(self._path))
 
 
-def _sha256_of(file: BinaryIO) -> str:
+OTHER_FILE = (
+    "{} is not the file that was saved with this config.json (its sha256 differs): an interrupted save or a mixed "
+    "copy. Save again, or take both files from the same revision."
+)
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256, in hexadecimal digits; read in blocks of 1 MiB."""
     digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
     return digest.hexdigest()
 
 

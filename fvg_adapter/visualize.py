@@ -20,6 +20,7 @@ from fvg_adapter.config import CLIP_MEAN, CLIP_STD
 from fvg_adapter.errors import FVGError
 from fvg_adapter.features import attention_in_mask
 from fvg_adapter.model import FVGModel
+from fvg_adapter.replacing import written
 
 _WRONG, _RIGHT = "#b3261e", "#1b6e3c"
 
@@ -106,8 +107,11 @@ def before_after(
     figure.suptitle("Foreground outlined; attention below; answers of CLIP, the tuner and FVG-PT", fontsize=11)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=110)
-    plt.close(figure)
+    try:
+        with written(target) as file:
+            figure.savefig(file, dpi=110)
+    finally:
+        plt.close(figure)
     return target
 
 

@@ -29,8 +29,8 @@ from fvg_adapter.cli.informing import describe
 from fvg_adapter.convert import convert
 from fvg_adapter.data import MaskedImageFolder
 from fvg_adapter.errors import FVGError
-from fvg_adapter.storage import _sha256
 from fvg_adapter.tuners import MMRL, CoOp, KgCoOp, LoRA, PromptSRC, Tuner, ZeroShot
+from fvg_adapter.untrusted import sha256_of
 
 SECONDS = 1.0
 MEGABYTES = 300
@@ -208,11 +208,11 @@ def attempt(world: World, target: Target, spoiled: dict[str, bytes], place: Path
     shutil.copytree(world.root / target.folder, place)
     for name, content in spoiled.items():
         (place / name).write_bytes(content)
-        config = (place / name).parent / "config.json"
-        if rehash and name.endswith(".safetensors") and config.is_file():
+        config = place / "config.json"
+        if rehash and name != "config.json" and config.is_file():  # whoever edits a file can edit its hash too
             record = json.loads(config.read_bytes())
-            if name.rpartition("/")[2] in record.get("sha256", {}):
-                record["sha256"][name.rpartition("/")[2]] = _sha256(place / name)
+            if name in record.get("sha256", {}):
+                record["sha256"][name] = sha256_of(place / name)
                 config.write_text(json.dumps(record))
     start = time.thread_time()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from typing import Any
 
@@ -208,6 +209,11 @@ def test_files_that_do_not_fit(small_clip: CLIPModel, tokenizer: Any, tmp_path: 
         load(folder, clip=adapted, tokenizer=tokenizer)
     other = LoRA(copy.deepcopy(plain), tokenizer, NAMES, towers="text").save_pretrained(tmp_path / "other")
     weights.write_bytes((other / "lora" / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(FVGError, match="sha256 differs"):
+        load(folder, clip=plain, tokenizer=tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    del config["sha256"]["lora/adapter_model.safetensors"]
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(FVGError, match="does not fit: missing"):
         load(folder, clip=plain, tokenizer=tokenizer)
     assert not any(hasattr(m, "lora_A") for m in plain.modules())

@@ -17,6 +17,7 @@ from conftest import CLASSES, GOLDEN, NEW_CLASSES, small_config
 from fvg_adapter import FVGModel, load, storage, wrap
 from fvg_adapter.errors import FVGError
 from fvg_adapter.tuners import CoOp, ZeroShot
+from fvg_adapter.untrusted import sha256_of
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def edit(folder: Path, **fields: Any) -> None:
 
 def rehash(folder: Path, name: str) -> None:
     hashes = json.loads((folder / "config.json").read_text())["sha256"]
-    edit(folder, sha256={**hashes, name: storage._sha256(folder / name)})
+    edit(folder, sha256={**hashes, name: sha256_of(folder / name)})
 
 
 def test_bad_files_are_refused(model: FVGModel, small_clip: CLIPModel, tokenizer: Any, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def audit_model(
     place = prepare(device, threads)
     from fvg_adapter.audit import audit
     from fvg_adapter.data import PairedTransform, open_dataset
+    from fvg_adapter.replacing import written
     from fvg_adapter.reports import COLUMNS, in_words, write_report
 
     loaded = _plain(adapter, template, place) if plain else load_adapter(adapter, model, place)
@@ -91,7 +92,8 @@ def audit_model(
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         text = json.dumps(record, indent=1, ensure_ascii=False)
-        (output / "audit.json").write_text(text + "\n", encoding="utf-8")
+        with written(output / "audit.json") as file:
+            file.write_text(text + "\n", encoding="utf-8")
         write_report(output / "report.html", found, loaded, pictures, title=f"{adapter} on {data}, split {split}")
     if as_json:
         show_json(record)

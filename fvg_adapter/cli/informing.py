@@ -50,11 +50,10 @@ def describe(adapter: str) -> dict[str, Any]:
         FVGError: not one of our files, or an incomplete one.
     """
     from fvg_adapter.config import FVGConfig
-    from fvg_adapter.storage import fetch, read_config, read_tensors
+    from fvg_adapter.replacing import read_whole
+    from fvg_adapter.storage import fetch, read
 
-    folder = fetch(adapter)
-    config = read_config(folder)
-    tensors = read_tensors(folder, config)  # also checks that the files belong together
+    folder, config, tensors = read_whole(fetch(adapter), read)  # also checks that the files belong together
     defaults = FVGConfig().to_dict()
     given = config.get("fvg") or {}
     if not isinstance(given, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,11 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fvg_adapter.errors import FVGError
+from fvg_adapter.replacing import to_disk
 from fvg_adapter.tuners.averaging import GaussianAverage
 from fvg_adapter.untrusted import read_header
 
 _STATE, _WEIGHTS, _AVERAGE = "trainer_state.json", "model.safetensors", "average.safetensors"
 _PREFIX = "checkpoint-"
+AUTO = "auto"
+"""For `resume`: from the last whole checkpoint, or from the start where there is none."""
+_STAGING = ".fvg-checkpoint"
 
 
 def checkpoint_folder(output: Path, step: int) -> Path:
@@ -23,10 +28,47 @@ def checkpoint_folder(output: Path, step: int) -> Path:
     return output / f"{_PREFIX}{step}"
 
 
+class Staging:
+    """Where a checkpoint is written before it takes its place; what a killed training left there goes first.
+
+    Args:
+        output: the training's folder. mine: whether this process is the one that moves folders.
+    """
+
+    def __init__(self, output: Path, *, mine: bool) -> None:
+        self.output, self.folder, self.mine = output, output / _STAGING, mine
+        self.clear()
+
+    def put_in_place(self, step: int) -> None:
+        """Moves the checkpoint of a step, which every process has written to its end, to where it belongs."""
+        if not self.mine:
+            return
+        new, target = checkpoint_folder(self.folder, step), checkpoint_folder(self.output, step)
+        for path in (*(p for p in new.rglob("*") if p.is_file()), new):
+            to_disk(path)
+        if target.exists():  # of a training before this one
+            target.rename(self.folder / "earlier")
+        new.rename(target)
+        to_disk(self.output)
+        self.clear()
+
+    def clear(self) -> None:
+        """Leaves nothing half-written behind."""
+        if self.mine:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
 def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint in a folder that was written to its end."""
+    """The checkpoint in a folder that was written last, of those that are whole.
+
+    The one of the highest step may be of an earlier, longer training in the same folder.
+    """
     found = [p for p in output.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdecimal() and _is_whole(p)]
-    return max(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), default=None)
+
+    def written(path: Path) -> tuple[int, int]:
+        return (path / _STATE).stat().st_mtime_ns, int(path.name.removeprefix(_PREFIX))
+
+    return max(found, key=written, default=None)
 
 
 def checkpoint_for(
@@ -39,10 +81,15 @@ def checkpoint_for(
     """
     if resume is False:
         return None
-    if resume is True:
+    if resume is True or resume == AUTO:
         found = None if output is None else last_checkpoint(Path(output))
         if found is None:
-            raise FVGError(f"there is no whole checkpoint in {output} to resume from; train without resume first.")
+            if resume == AUTO and output is not None:
+                return None
+            raise FVGError(
+                f"there is no whole checkpoint in {output} to resume from; train without resume first, "
+                "or give resume='auto' with an output_dir."
+            )
     else:
         found = Path(resume)
         if not _is_whole(found):

@@ -85,7 +85,8 @@ def fit(
         recipe: optimiser, schedule, epochs and batch; the published one for this tuner when None.
         output_dir: folder for checkpoints, which hold our tensors only; without one nothing is written.
         seed: of order, augmentation and dropout.
-        resume: True for the last whole checkpoint in `output_dir`, or the folder of one.
+        resume: True for the last whole checkpoint in `output_dir`; "auto" for that or, where there is none, the start
+            (a script that is started again after a crash goes on with it); or the folder of one.
         precision: "no", "bf16" or "fp16" autocast; parameters and losses stay float32.
         accumulate: batches in an optimiser step.
         save_every_epochs: between checkpoints, 1 when None; the last epoch is always saved.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from fvg_adapter.errors import FVGError
 from fvg_adapter.train.banked import not_finite
 from fvg_adapter.train.bars import step_bar
 from fvg_adapter.train.batches import Batches, Loader
-from fvg_adapter.train.checkpoints import checkpoint_folder, save_average
+from fvg_adapter.train.checkpoints import Staging, checkpoint_folder, save_average
 from fvg_adapter.tuners.averaging import GaussianAverage
 from fvg_adapter.tuners.recipes import Stage
 
@@ -109,6 +108,8 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         self.recipe: Stage = recipe
         self.loader: Loader = loader
         self.at_epoch_end: AtEpochEnd = at_epoch_end
+        self.staging: Staging = Staging(Path(args.output_dir), mine=args.should_save)
+        self._saving = False
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
 
@@ -158,14 +159,25 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         """Not measured: transformers 5 would walk through the frozen CLIP's parameters in every step."""
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        folder = checkpoint_folder(Path(self.args.output_dir), self.state.global_step)
+        """The Trainer's, written apart and moved to its place when every process has done its part."""
+        step = self.state.global_step
+        self._saving = True
         try:
             if self.args.should_save and self.at_epoch_end.average is not None:
-                save_average(self.at_epoch_end.average, folder)  # before the Trainer's state, which says "whole"
+                save_average(self.at_epoch_end.average, checkpoint_folder(self.staging.folder, step))
             super()._save_checkpoint(*args, **kwargs)
+            self.accelerator.wait_for_everyone()
+            self.staging.put_in_place(step)
+            self.accelerator.wait_for_everyone()
         except (OSError, SafetensorError, RuntimeError) as error:
-            shutil.rmtree(folder, ignore_errors=True)  # nothing half-written to resume from
+            self.staging.clear()
+            folder = checkpoint_folder(self.staging.output, step)
             raise FVGError(f"the checkpoint {folder} could not be written: {error}.") from error
+        finally:
+            self._saving = False
+
+    def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
+        return str(self.staging.folder) if self._saving else super()._get_output_dir(*args, **kwargs)
 
 
 class Bar(TrainerCallback):  # type: ignore[misc]

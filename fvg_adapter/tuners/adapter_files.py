@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import regex
 from torch import Tensor, nn
 
 from fvg_adapter.errors import FVGError
-from fvg_adapter.untrusted import TensorFile, read_json
+from fvg_adapter.untrusted import TensorFile, read_json, shapes_of
 
 FOLDER = "lora"
 WEIGHTS = "adapter_model.safetensors"
@@ -145,13 +146,13 @@ def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 
-def fitting(saved: TensorFile, own: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def fitting(saved: Mapping[str, Tensor], own: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The saved tensors by PEFT's names, once each has the name and shape of one of the injected adapter's own.
 
     Raises:
         FVGError: missing, unexpected or misshapen tensors, values that are NaN or infinite.
     """
-    shapes = {name.removeprefix(prefix): shape for name, shape in saved.header.shapes.items()}
+    shapes = {name.removeprefix(prefix): shape for name, shape in shapes_of(saved).items()}
     problems = [f"missing {k}" for k in own if k not in shapes]
     problems += [f"unexpected {k[:80]}" for k in shapes if k not in own]
     problems += [

@@ -213,7 +213,8 @@ class LoRA(Tuner):
             raise FVGError(f"{TUNER_FILE} of a LoRA tuner holds no tensors, but has {list(tensors[TUNER_FILE])[:4]}.")
         arguments = config["tuner"].get("arguments", {})
         check_arguments(cls, arguments)
-        peft_config, saved = read_adapter(folder, feature_encoder(clip).model)
+        peft_config, weights = read_adapter(folder, feature_encoder(clip).model)
+        saved = tensors.get(f"{FOLDER}/{WEIGHTS}", weights)  # checked against the config's hash, where it has one
         tuner = cls(clip, tokenizer, config["base_classes"], peft_config=_FromFile(peft_config), **arguments)
         try:
             model = tuner.encoder.model
