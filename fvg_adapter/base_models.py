@@ -24,15 +24,15 @@ def base_model_record(clip: nn.Module, tokenizer: Any) -> dict[str, Any]:
     encoder = DualEncoder(clip) if not isinstance(clip, DualEncoder) else clip
     name = str(getattr(encoder.model, "name_or_path", "") or "")
     record: dict[str, Any] = {"id": "local", "revision": None, "path": str(Path(name).resolve()) if name else None}
-    if _is_hub_id(name):
+    if is_hub_id(name):
         record = {"id": name, "revision": _commit(encoder.model, name)}
     source = str(getattr(tokenizer, "name_or_path", "") or "")
-    if source != name and _is_hub_id(source):
+    if source != name and is_hub_id(source):
         record["tokenizer"] = source
     return {**record, "class": type(encoder.model).__name__, "fingerprint": encoder.fingerprint()}
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether a name can be one of the Hub's: no folder here, nor the path of one that is gone."""
     try:
         validate_repo_id(name)

@@ -16,6 +16,7 @@ from transformers import CLIPModel
 from conftest import CLASSES, GOLDEN, NEW_CLASSES, small_config
 from fvg_adapter import FVGModel, load, storage, wrap
 from fvg_adapter.errors import FVGError
+from fvg_adapter.files import sha256_of
 from fvg_adapter.tuners import CoOp, ZeroShot
 
 
@@ -33,7 +34,7 @@ def test_saved_and_loaded_logits_are_bit_equal(
 ) -> None:
     model.save_pretrained(tmp_path / "a")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
-        "config.json", "fvg_heads.safetensors", "tuner.safetensors",
+        "README.md", "config.json", "fvg_heads.safetensors", "tuner.safetensors",
     ]  # fmt: skip
     lists = [CLASSES, NEW_CLASSES, [*CLASSES, *NEW_CLASSES]]
     expected = []
@@ -108,7 +109,7 @@ def edit(folder: Path, **fields: Any) -> None:
 
 def rehash(folder: Path, name: str) -> None:
     hashes = json.loads((folder / "config.json").read_text())["sha256"]
-    edit(folder, sha256={**hashes, name: storage._sha256(folder / name)})
+    edit(folder, sha256={**hashes, name: sha256_of(folder / name)})
 
 
 def test_bad_files_are_refused(model: FVGModel, small_clip: CLIPModel, tokenizer: Any, tmp_path: Path) -> None:
