@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,7 +93,7 @@ def load_base_model(record: Mapping[str, Any], **hub: Any) -> nn.Module:
     if record.get("id") == "local" and not (Path(source) / "config.json").is_file():
         raise FVGError(f"the base model could not be loaded: {source} is no model folder any more; give it as clip=….")
     try:
-        model: nn.Module = AutoModel.from_pretrained(source, revision=record.get("revision") or "main", **_shared(hub))
+        model: nn.Module = _cached_first(AutoModel, source, record.get("revision"), ("config.json",), hub)
     except hub_errors() as error:
         raise FVGError(f"the base model {source!r} could not be loaded ({error}); give it as clip=….") from error
     return model
@@ -109,9 +111,25 @@ def load_tokenizer(clip: nn.Module, record: Mapping[str, Any], **hub: Any) -> An
         raise FVGError("the base model does not say where its tokenizer is; give tokenizer=….")
     revision = record.get("revision") if name == record.get("id") else None  # of the same commit as the model
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main", **_shared(hub))
+        return _cached_first(AutoTokenizer, name, revision, ("tokenizer.json", "vocab.json", "spiece.model"), hub)
     except hub_errors() as error:
         raise FVGError(f"no tokenizer could be loaded from {name!r} ({error}); give tokenizer=….") from error
+
+
+def _cached_first(kind: Any, name: str, revision: str | None, telling: tuple[str, ...], hub: Mapping[str, Any]) -> Any:
+    """`from_pretrained` of a commit without the network where the cache holds it: a commit never changes.
+
+    transformers asks for files that a repository may not have each time, and waits for long where nothing answers.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    shared = _shared(hub)
+    if re.fullmatch("[0-9a-f]{40}", revision or ""):
+        at = {"revision": revision, "cache_dir": shared.get("cache_dir")}
+        if any(isinstance(try_to_load_from_cache(name, file, **at), str) for file in telling):
+            with contextlib.suppress(*hub_errors()):  # half of it is there
+                return kind.from_pretrained(name, revision=revision, **{**shared, "local_files_only": True})
+    return kind.from_pretrained(name, revision=revision or "main", **shared)
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

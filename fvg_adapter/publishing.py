@@ -39,6 +39,8 @@ def publish(
     """Uploads our files of a folder; `Pretrained.push_to_hub` explains the arguments, what it returns and raises."""
     config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
     config["base_model"].pop("path", None)  # of this machine
+    if not (folder / PICTURE_FILE).is_file():  # taken out of the folder by a person
+        (config.get("about") or {}).pop("picture", None)
     given = None if card is None else _given(Path(card))
     mine = read_card(folder / CARD_FILE)
     try:
@@ -67,8 +69,8 @@ def publish(
             return str(done.commit_url)
     except FVGError:
         raise
-    except hub_errors() as error:
-        said = str(error).rstrip(". ")
+    except (*hub_errors(), RuntimeError) as error:  # a RuntimeError when a file's upload fails
+        said = " ".join(f"{error} {error.__cause__ or ''}".split()).rstrip(". ")
         raise FVGError(f"{repo_id!r} could not be pushed to the Hub: {said}. {_way_out(said)}") from error
     raise AssertionError("every attempt returns or raises")
 
@@ -135,14 +137,16 @@ def _overtaken(repo: str, parent: str | None) -> str:
     if parent is None:
         return f"{repo!r} could not be pushed: others came in between {ATTEMPTS} times; wait for them and push again."
     return (
-        f"{repo!r} could not be pushed: parent_commit {parent!r} is not the last commit of the branch any more: another "
-        "push came in between. Look at it, then push again with its commit, or without parent_commit to go on top of it."
+        f"{repo!r} could not be pushed: another push came in between, so that parent_commit {parent!r} is not the last "
+        "commit of the branch any more. Look at it, then give its commit, or no parent_commit to go on top of it."
     )
 
 
 def _way_out(said: str) -> str:
     if "xet" in said.lower():
         return "The upload goes by Xet, which this Hub does not speak: set HF_HUB_DISABLE_XET=1 and push again."
+    if "metadata" in said.lower() or "yaml" in said.lower():
+        return "The Hub refuses the card's header: change what it names (license=…, dataset=…, or the file of card=…)."
     return (
         "Give an id like 'me/pets-fvg', and a token that may write there: token=…, or `hf auth login` once. "
         "Nothing on this machine was changed."

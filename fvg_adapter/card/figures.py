@@ -63,6 +63,7 @@ def figures_of(results: Any, tuner: str, kind: str) -> dict[str, Any]:
     if ours not in rows:
         raise FVGError(f"results have no row {ours!r}, which is what this adapter is. {nearest(ours, rows)}")
     found = {name: settings[name] for name in _SETTINGS if settings.get(name) is not None}
+    found = json.loads(json.dumps(found))  # as config.json will give it back
     if "data" in found:  # no path of this machine
         found["data"] = str(found["data"]) if found.get("from_hub") else Path(str(found["data"])).name
     return {"rows": rows, "ours": ours, **found}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -77,12 +78,12 @@ def _use(config: Mapping[str, Any], repo_id: str | None, revision: str | None) -
 
 
 def _snippet(config: Mapping[str, Any], repo_id: str | None, revision: str | None) -> list[str]:
-    where = repr(repo_id or ".") + (f", revision={revision!r}" if revision else "")
+    where = _quoted(repo_id or ".") + (f", revision={_quoted(revision)}" if revision else "")
     note = "" if repo_id else "  # run in this folder"
     heads = config.get("kind") == "fvg"
     gone = repo_id is not None and config["base_model"].get("id") == "local"
     adapted = bool(config["tuner"].get("adapted")) and config["tuner"].get("kind") != "lora"
-    names = list(config["classes"])[:2]
+    names = ", ".join(_quoted(str(name)) for name in [*list(config["classes"])[:2], "something else"])
     imports = ["from PIL import Image"]
     loading = [f"model = load({where}){note}"]
     if gone or adapted:
@@ -103,7 +104,7 @@ def _snippet(config: Mapping[str, Any], repo_id: str | None, revision: str | Non
             *loading,
             picture,
             "print(model.predict(picture, top_k=3))",
-            f"print(model.predict(picture, classes={[*names, 'something else']!r}))  # any names",
+            f"print(model.predict(picture, classes=[{names}]))  # any names",
         ]
     return [
         "import torch",
@@ -272,6 +273,11 @@ def _table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
     heads = list(heads)
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _quoted(text: str) -> str:
+    """A Python string, on one line."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _cell(value: Any) -> str:
