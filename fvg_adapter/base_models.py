@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,15 +27,15 @@ def base_model_record(clip: nn.Module, tokenizer: Any) -> dict[str, Any]:
     encoder = DualEncoder(clip) if not isinstance(clip, DualEncoder) else clip
     name = str(getattr(encoder.model, "name_or_path", "") or "")
     record: dict[str, Any] = {"id": "local", "revision": None, "path": str(Path(name).resolve()) if name else None}
-    if _is_hub_id(name):
+    if is_hub_id(name):
         record = {"id": name, "revision": _commit(encoder.model, name)}
     source = str(getattr(tokenizer, "name_or_path", "") or "")
-    if source != name and _is_hub_id(source):
+    if source != name and is_hub_id(source):
         record["tokenizer"] = source
     return {**record, "class": type(encoder.model).__name__, "fingerprint": encoder.fingerprint()}
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether a name can be one of the Hub's: no folder here, nor the path of one that is gone."""
     try:
         validate_repo_id(name)
@@ -95,15 +97,15 @@ def load_base_model(record: Mapping[str, Any], **hub: Any) -> nn.Module:
         _refuse_no_hub_id(source, "base model", "clip")
     elif not (Path(source) / "config.json").is_file():
         raise FVGError(f"the base model could not be loaded: {source} is no model folder any more; give it as clip=….")
-    options = {"revision": record.get("revision") or "main", "trust_remote_code": False, **_shared(hub)}
+    revision = record.get("revision")
     try:
-        found = AutoConfig.from_pretrained(source, **options)
+        found = _cached_first(AutoConfig, source, revision, ("config.json",), hub)
         if layout_of(found) is None:
             raise FVGError(
                 f"the base model {source!r} is a {getattr(found, 'model_type', None)!r}, which is no dual encoder that "
                 "this library knows; nothing more of it was loaded."
             )
-        model: nn.Module = AutoModel.from_pretrained(source, **options)
+        model: nn.Module = _cached_first(AutoModel, source, revision, ("config.json",), hub)
     except hub_errors() as error:
         if isinstance(error, FVGError):
             raise
@@ -128,7 +130,7 @@ def refuse_path(record: Mapping[str, Any], source: str) -> None:
 
 
 def _refuse_no_hub_id(name: str, what: str, argument: str) -> None:
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         raise FVGError(
             f"the config names {name!r} as its {what}, which is no Hub id, or is a folder here that transformers would "
             f"read instead; give it as {argument}=…."
@@ -149,9 +151,25 @@ def load_tokenizer(clip: nn.Module, record: Mapping[str, Any], **hub: Any) -> An
         raise FVGError("the base model does not say where its tokenizer is; give tokenizer=….")
     revision = record.get("revision") if name == record.get("id") else None  # of the same commit as the model
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False, **_shared(hub))
+        return _cached_first(AutoTokenizer, name, revision, ("tokenizer.json", "vocab.json", "spiece.model"), hub)
     except hub_errors() as error:
         raise FVGError(f"no tokenizer could be loaded from {name!r} ({error}); give tokenizer=….") from error
+
+
+def _cached_first(kind: Any, name: str, revision: str | None, telling: tuple[str, ...], hub: Mapping[str, Any]) -> Any:
+    """`from_pretrained` of a commit without the network where the cache holds it: a commit never changes.
+
+    transformers asks for files that a repository may not have each time, and waits for long where nothing answers.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    shared = {**_shared(hub), "trust_remote_code": False}
+    if re.fullmatch("[0-9a-f]{40}", revision or ""):
+        at = {"revision": revision, "cache_dir": shared.get("cache_dir")}
+        if any(isinstance(try_to_load_from_cache(name, file, **at), str) for file in telling):
+            with contextlib.suppress(*hub_errors()):  # half of it is there
+                return kind.from_pretrained(name, revision=revision, **{**shared, "local_files_only": True})
+    return kind.from_pretrained(name, revision=revision or "main", **shared)
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

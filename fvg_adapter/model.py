@@ -19,11 +19,12 @@ from fvg_adapter import losses as L
 from fvg_adapter.attention import AttentionProbe
 from fvg_adapter.config import FVGConfig
 from fvg_adapter.errors import FVGError, nearest
+from fvg_adapter.files import HEADS_FILE
 from fvg_adapter.foreground import ForegroundSource, resolve_source
 from fvg_adapter.heads import N_CUES, BottleneckAdapter, ReliabilityGate
 from fvg_adapter.modes import Hold, keep_full_precision
 from fvg_adapter.outputs import FVGOutput, Prediction, Status
-from fvg_adapter.storage import HEADS_FILE, Pretrained, load_own
+from fvg_adapter.storage import Pretrained, load_own
 from fvg_adapter.tuners.base import Tuner, check_labels
 from fvg_adapter.tuners.prompts import plain
 from fvg_adapter.tuners.zero_shot import ZeroShot

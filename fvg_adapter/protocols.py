@@ -28,6 +28,7 @@ from fvg_adapter.data.controls import OtherMasks
 from fvg_adapter.errors import FVGError
 from fvg_adapter.evaluation import evaluate
 from fvg_adapter.features import FeatureBank
+from fvg_adapter.hub import update_card
 from fvg_adapter.model import FVGModel
 from fvg_adapter.replacing import written
 from fvg_adapter.towers import DualEncoder
@@ -93,6 +94,11 @@ class Results:
         pairs = zip(self.rows[row][metric], self.rows[other][metric], strict=True)
         values = [a - b for a, b in pairs]
         return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+    def so_far(self, seeds: int) -> dict[str, Any]:
+        """`to_json` of a run that has come to this many seeds."""
+        found = self.to_json()
+        return {**found, "settings": {**found["settings"], "seeds": self.settings["seeds"][:seeds]}}
 
     def to_json(self) -> dict[str, Any]:
         """Rows at the top level, what was run under "settings", other test splits under "also"; NaN becomes None."""
@@ -267,6 +273,8 @@ def base_to_new(
         results.seconds = time.monotonic() - start
         if folder is not None:
             _write(results, folder)
+            new = None if number else results.picture
+            update_card(folder / "adapter", results=results.so_far(number + 1), picture=new)
     return results
 
 
@@ -449,6 +457,7 @@ def _settings(
 ) -> dict[str, Any]:
     return {
         "data": str(data),
+        "from_hub": not Path(data).expanduser().exists(),
         "tuner": tuner,
         "tuner_options": run.options,
         "shots": shots,

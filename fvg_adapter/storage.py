@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,14 +21,13 @@ from torch import Tensor, nn
 
 from fvg_adapter.base_models import check_base_model, hub_errors, load_base_model, load_tokenizer, refuse_path
 from fvg_adapter.errors import FVGError
+from fvg_adapter.files import CONFIG_FILE, HEADS_FILE, TUNER_FILE
 from fvg_adapter.replacing import read_whole, replacing
 from fvg_adapter.untrusted import OTHER_FILE, TensorFile, read_json, sha256_of, shapes_of
 
 FORMAT = "fvg_adapter"
 FORMAT_VERSION = 1
-CONFIG_FILE = "config.json"
-TUNER_FILE = "tuner.safetensors"
-HEADS_FILE = "fvg_heads.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar")
 MAX_CLASSES = 32_768
 """Class names in a file; ImageNet-21k has 21,843."""
 _PARTS = {"base_model": dict, "sha256": dict, "tuner": dict, "base_classes": list, "classes": list}
@@ -47,6 +45,11 @@ Self = TypeVar("Self", bound="Pretrained")
 
 class Pretrained:
     """save_pretrained, from_pretrained and push_to_hub for tuners and FVG models."""
+
+    about: dict[str, Any] | None = None
+    """What the files that this was loaded from say for their card: figures, data, licence."""
+    saved_in: Path | None = None
+    """The folder that this was loaded from."""
 
     def pretrained_config(self) -> dict[str, Any]:
         """What config.json says beside format, versions and hashes."""
@@ -69,21 +72,39 @@ class Pretrained:
         """The object again, from a checked config and its tensors, around a base model."""
         raise NotImplementedError(f"{cls.__name__} cannot be loaded")
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *, is_main_process: bool = True) -> Path:
-        """Writes config.json and the safetensors files into a folder, all of them or none.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        results: Any = None,
+        picture: str | os.PathLike[str] | None = None,
+        dataset: str | None = None,
+        license: str | None = None,
+        is_main_process: bool = True,
+    ) -> Path:
+        """Writes config.json, the safetensors files and a model card into a folder, all of them or none.
 
         The new files are made apart first, and count together from the moment when all of them are on the disk:
-        whenever this process is killed, a load finds the old save or the new one. Other files in the folder stay.
+        whenever this process is killed, a load finds the old save or the new one. Other files in the folder stay, and
+        so does a README.md that a person wrote or edited.
 
         Args:
-            save_directory: the folder. is_main_process: False writes nothing, for all processes but one of a launcher.
+            save_directory: the folder.
+            results: figures for the card: what `evaluate` returned, a `protocols.Results` or the path of a
+                results.json. They stay with the files until the weights change.
+            picture: an image file for the card, such as `visualize.before_after` draws.
+            dataset: the name or the Hub id of the data. license: the Hub's word for one, such as "apache-2.0".
+            is_main_process: False writes nothing, for all processes but one of a launcher.
 
         Returns:
             The folder.
 
         Raises:
-            FVGError: the folder cannot be written, or the disk is full; an earlier save in it is still whole.
+            FVGError: the folder cannot be written, or the disk is full; an earlier save in it is still whole. Results
+                without this model's row, or a picture that is none.
         """
+        from fvg_adapter.card.saving import add_card
+
         target = Path(save_directory)
         if not is_main_process:
             return target
@@ -106,7 +127,8 @@ class Pretrained:
                     "sha256": hashes,
                     "versions": _versions(),
                 }
-                (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+                given = {"results": results, "picture": picture, "dataset": dataset, "license": license}
+                add_card(folder, config, target, before=self.about, kept=self.saved_in, **given)
         except (OSError, SafetensorError) as error:
             raise FVGError(f"could not save to {target}: {error}. What was there before is unchanged.") from error
         return target
@@ -151,37 +173,51 @@ class Pretrained:
         branch: str | None = None,
         commit_message: str = "Upload with fvg_adapter",
         create_pr: bool = False,
+        parent_commit: str | None = None,
+        results: Any = None,
+        picture: str | os.PathLike[str] | None = None,
+        dataset: str | None = None,
+        license: str | None = None,
+        card: str | os.PathLike[str] | None = None,
     ) -> str:
-        """Saves and uploads to the Hub; returns the commit's address. Paths of this machine are left out.
+        """Saves and uploads to the Hub in one commit; paths of this machine are left out.
+
+        A card that was edited on the Hub is kept. When another push comes in between, this one goes on top of it, as if
+        it had been started after it: both are whole commits of the history.
+
+        Args:
+            repo_id: such as "me/pets-fvg"; made if it does not exist.
+            private: for a repository that is made now.
+            token: with the right to write; the one of `hf auth login` when None.
+            branch: made from the main one if it does not exist. commit_message: its first line.
+            create_pr: propose the change as a pull request instead.
+            parent_commit: the commit that this one has to follow; a push in between is then an error.
+            results, picture, dataset, license: for the card, as in `save_pretrained`.
+            card: a Markdown file to upload as README.md instead of what is there or would be generated.
+
+        Returns:
+            The address of the commit.
 
         Raises:
-            FVGError: not logged in, no right to write there, a name that is no Hub id, no connection.
+            FVGError: not logged in, no right to write there, a name that is no Hub id, no connection, a card with a
+                broken header. Nothing on this machine changes.
         """
-        from huggingface_hub import HfApi
+        from fvg_adapter.publishing import publish
 
-        api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as temporary:
-            folder = self.save_pretrained(Path(temporary) / "upload")
-            config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-            config["base_model"].pop("path", None)
-            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            try:
-                repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-                if branch:
-                    api.create_branch(repo, branch=branch, exist_ok=True)
-                info = api.upload_folder(
-                    repo_id=repo,
-                    folder_path=folder,
-                    revision=branch,
-                    commit_message=commit_message,
-                    create_pr=create_pr,
-                )
-            except hub_errors() as error:
-                raise FVGError(
-                    f"{repo_id!r} could not be pushed to the Hub: {str(error).rstrip('. ')}. Give an id "
-                    "like 'me/pets-fvg', and a token that may write there: token=…, or `hf auth login` once."
-                ) from error
-        return str(info.commit_url)
+            given = {"results": results, "picture": picture, "dataset": dataset, "license": license}
+            folder = self.save_pretrained(Path(temporary) / "upload", **given)
+            return publish(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                branch=branch,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                parent_commit=parent_commit,
+                card=card,
+            )
 
 
 _KINDS: dict[str, Any] = {}
@@ -204,7 +240,7 @@ def load_any(
 ) -> Any:
     """Loads whatever was saved: a tuner or an FVG model; `from_pretrained` explains the arguments."""
     fetched = fetch(id_or_dir, revision=revision, **hub)
-    folder, config, tensors = read_whole(fetched, read)
+    folder, config, tensors = read_whole(fetched, lambda f: read(f, lambda: _on_hub(id_or_dir, revision, hub)))
     find = _KINDS.get(str(config.get("kind")))
     if find is None:
         raise FVGError(f"{folder / CONFIG_FILE} has kind {config.get('kind')!r}; known are {sorted(_KINDS)}.")
@@ -221,13 +257,17 @@ def load_any(
     needs_tokenizer = "class_features" not in tensors.get(TUNER_FILE, {})
     if tokenizer is None and needs_tokenizer:
         tokenizer = load_tokenizer(clip, config["base_model"], **hub)
-    return cls.rebuild(config, tensors, clip, tokenizer, classes, folder)
+    loaded = cls.rebuild(config, tensors, clip, tokenizer, classes, folder)
+    loaded.about, loaded.saved_in = config.get("about"), folder
+    return loaded
 
 
-def read(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Mapping[str, Tensor]]]:
+def read(
+    folder: Path, files: Callable[[], Iterable[str]] | None = None
+) -> tuple[Path, dict[str, Any], dict[str, Mapping[str, Tensor]]]:
     """The folder, its config, and its tensors by file; with `read_whole`, also while another process saves there."""
     config = read_config(folder)
-    return folder, config, read_tensors(folder, config)
+    return folder, config, read_tensors(folder, config, files)
 
 
 def fetch(id_or_dir: str | os.PathLike[str], *, revision: str | None = None, **hub: Any) -> Path:
@@ -250,8 +290,38 @@ def fetch(id_or_dir: str | os.PathLike[str], *, revision: str | None = None, **h
             "Check the name and the connection; for a private repository log in (`hf auth login`) or give token=…."
         ) from error
     if not (folder / CONFIG_FILE).is_file():
-        raise FVGError(f"the Hub repository {name!r} has no {CONFIG_FILE}; nothing was put there by push_to_hub.")
+        said = _instead(_on_hub(name, revision, hub))
+        raise FVGError(f"the Hub repository {name!r} has no {CONFIG_FILE}; nothing was put there by push_to_hub.{said}")
     return folder
+
+
+def _on_hub(id_or_dir: str | os.PathLike[str], revision: str | None, hub: Mapping[str, Any]) -> list[str]:
+    """Names of the files of a folder or a Hub repository; none where they cannot be had. For messages alone."""
+    if Path(id_or_dir).is_dir():
+        return [path.name for path in Path(id_or_dir).iterdir()]
+    from huggingface_hub import HfApi
+
+    if hub.get("local_files_only"):
+        return []
+    try:
+        return list(HfApi(token=hub.get("token")).list_repo_files(str(id_or_dir), revision=revision))
+    except hub_errors():
+        return []
+
+
+def _instead(names: Iterable[str]) -> str:
+    """What a folder without our files holds instead, as a sentence after a blank; "" where that helps nobody."""
+    names = sorted(names)
+    pickles = [name for name in names if Path(name).suffix in _PICKLES]
+    if pickles:
+        return (
+            f" It holds pickle files ({', '.join(pickles[:3])}), which can run code when they are read and are never "
+            "opened here: save the model again with save_pretrained, or take over a checkpoint of the Dassl "
+            "family with `fvg-adapter convert`."
+        )
+    if "adapter_config.json" in names:
+        return " It holds a PEFT adapter: give PeftModel.from_pretrained(clip, …) to fvg_adapter.tuners.LoRA."
+    return ""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -303,8 +373,13 @@ def check_saved_classes(names: list[Any], where: str) -> None:
         raise FVGError(f"{where} holds class names that are no text; the file was edited.")
 
 
-def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
+def read_tensors(
+    folder: Path, config: Mapping[str, Any], files: Callable[[], Iterable[str]] | None = None
+) -> dict[str, Mapping[str, Tensor]]:
     """The safetensors files that the config lists, each checked against its hash; tensors are read when asked for.
+
+    Args:
+        folder, config: what was saved. files: names the files there are, for the message when one is missing.
 
     Raises:
         FVGError: a file is missing, truncated or not the one that was saved with this config; its header claims what
@@ -319,12 +394,27 @@ def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Mapping[s
             )
         path = folder / name
         if not path.is_file():
-            raise FVGError(f"{folder} has no {name}, which its {CONFIG_FILE} lists; copy or download the whole folder.")
+            said = _instead(files() if files is not None else _on_hub(folder, None, {}))
+            raise FVGError(
+                f"{folder} has no {name}, which its {CONFIG_FILE} lists; copy or download the whole folder.{said}"
+            )
         if path.suffix == ".safetensors":
+            _refuse_pickle(path)
             tensors[name] = TensorFile(path, str(digest))
         elif sha256_of(path) != digest:
             raise FVGError(OTHER_FILE.format(path))
     return tensors
+
+
+def _refuse_pickle(path: Path) -> None:
+    """Raises FVGError for a file that begins as torch.save's (a zip) or as a bare pickle of protocol 2 to 5."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+        raise FVGError(
+            f"{path} is no whole safetensors file but a pickle, which can run code when it is read; it was not "
+            "opened. Save the model again with save_pretrained."
+        )
 
 
 def load_own(

@@ -11,11 +11,14 @@ import base64
 import contextlib
 import hashlib
 import json
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 TOKEN = "hf_loopback"
 """What a client has to send to write, and to read private repositories."""
@@ -36,6 +39,7 @@ class Repo:
         self.name, self.private = name, private
         self.commits: dict[str, dict[str, bytes]] = {}
         self.refs: dict[str, str] = {}
+        self.messages: list[str] = []
         self.lfs: set[bytes] = set()
         """Contents that came by Git LFS; their etag is the sha256, and that of others the id of Git's blob."""
         self.commit("main", {".gitattributes": b""})
@@ -69,11 +73,18 @@ class LoopbackHub(ThreadingHTTPServer):
     Args:
         regular: repositories whose files are all uploaded inside the commit.
         mute: repositories that cannot be created because the connection breaks off.
+        meeting: repositories whose first two commits wait for one another, so that both have the same parent.
+
+    What goes wrong is set on the server and counted down: `cuts` {"me/x/file": times} breaks a download off in the
+    middle (until /heal is asked for), `truncates` {"me/x": times} loses the end of an upload by LFS, and `meanwhile`
+    {("me/x", message): change} runs right before a commit with this message is looked at, once.
     """
 
     daemon_threads = True
 
-    def __init__(self, regular: tuple[str, ...] = (), mute: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, regular: tuple[str, ...] = (), mute: tuple[str, ...] = (), meeting: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.regular, self.mute = regular, mute
@@ -81,6 +92,24 @@ class LoopbackHub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.lock = threading.Lock()
+        self.cuts: dict[str, int] = {}
+        self.truncates: dict[str, int] = {}
+        self.meanwhile: dict[tuple[str, str], Callable[[Repo], Any]] = {}
+        self.meetings = {name: threading.Barrier(2, timeout=90) for name in meeting}
+
+    def meet(self, path: str) -> None:
+        """Holds the first two commits of a repository until both are there."""
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/.+", path)
+        barrier = self.meetings.get(found[1]) if found else None
+        if barrier is not None:
+            barrier.wait()
+            self.meetings.clear()
+
+    def still(self, what: dict[str, int], name: str) -> bool:
+        """Whether something goes wrong this time, counted down; a negative number is for ever."""
+        left = what.get(name, 0)
+        what[name] = left - 1 if left > 0 else left
+        return left != 0
 
     def uploads_by_lfs(self, repo: Repo, path: str) -> bool:
         """As the real Hub decides for safetensors, by the name."""
@@ -113,6 +142,9 @@ class Handler(BaseHTTPRequestHandler):
         """Answers, with the Hub's error headers where it refuses."""
         self.body = self.read_body()
         self.url = urlsplit(self.path)
+        self.stops_at: int | None = None
+        if self.command == "POST":
+            self.server.meet(unquote(self.url.path))
         with self.server.lock:
             self.server.requests.append(f"{self.command} {unquote(self.url.path)}")
             try:
@@ -122,14 +154,16 @@ class Handler(BaseHTTPRequestHandler):
                 return
             except Refused as refused:
                 status, code, message = refused.args
-                data, headers = json.dumps({"error": message}).encode(), {"X-Error-Message": message}
+                answer = {"error": message, "errors": [{"message": line} for line in message.splitlines()]}
+                data, headers = json.dumps(answer).encode(), {"X-Error-Message": message.partition("\n")[0]}
                 headers |= {"X-Error-Code": code} if code else {}
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: self.stops_at])
+            self.close_connection |= self.stops_at is not None
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
@@ -150,11 +184,16 @@ class Handler(BaseHTTPRequestHandler):
             return self.lfs_object(path.removeprefix("lfs/"))
         if self.command == "POST" and path != "api/validate-yaml":
             self.demand_token()
+        if path == "heal":
+            self.server.cuts.clear()
+            return as_json({})
         if path.endswith(".git/info/lfs/objects/batch"):
             return as_json(self.lfs_batch(self.repo(path.partition(".git/")[0])))
         if path == "api/repos/create":
             return self.create(json.loads(self.body))
         if path == "api/validate-yaml":
+            if problems := card_problems(json.loads(self.body)["content"]):
+                raise Refused(400, None, "\n".join(problems))
             return as_json({"errors": [], "warnings": []})
         if path.startswith("api/models/"):
             owner, name, *rest = path.removeprefix("api/models/").split("/", 3)
@@ -223,31 +262,43 @@ class Handler(BaseHTTPRequestHandler):
         }
 
     def commit(self, repo: Repo, revision: str) -> dict[str, Any]:
+        entries = [json.loads(line) for line in self.body.splitlines()]
+        if change := self.server.meanwhile.pop((repo.name, entries[0]["value"]["summary"]), None):
+            change(repo)
         files = dict(repo.files(revision))
-        for line in self.body.splitlines():
-            kind, value = (entry := json.loads(line))["key"], entry["value"]
-            if kind == "file":
+        for kind, value in ((entry["key"], entry["value"]) for entry in entries):
+            if kind == "header":
+                if value.get("parentCommit") not in (None, repo.sha(revision)):
+                    raise Refused(412, None, "A commit has happened since. Please refresh and try again.")
+            elif kind == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif kind == "lfsFile":
                 files[value["path"]] = self.server.objects[value["oid"]]
                 repo.lfs.add(files[value["path"]])
             elif kind == "deletedFile":
                 files.pop(value["path"], None)
+        added = any(value.get("path") == "README.md" for value in (entry["value"] for entry in entries))
+        if added and (problems := card_problems(files["README.md"].decode())):
+            raise Refused(400, None, "\n".join(problems))
         proposed = parse_qs(self.url.query).get("create_pr") == ["1"]
         sha = repo.commit("refs/pr/1" if proposed else revision, files)
+        repo.messages.append(entries[0]["value"]["summary"])
         page = f"{self.server.url}/{repo.name}"
         proposal = {"pullRequestUrl": f"{page}/discussions/1"} if proposed else {}
         return {"success": True, "commitOid": sha, "commitUrl": f"{page}/commit/{sha}", "hookOutput": "", **proposal}
 
     def lfs_batch(self, repo: Repo) -> dict[str, Any]:
         def links(oid: str) -> dict[str, Any]:  # to where the bytes go, which takes them without a token
-            return {action: {"href": f"{self.server.url}/lfs/{oid}"} for action in ("upload", "verify")}
+            return {action: {"href": f"{self.server.url}/lfs/{repo.name}/{oid}"} for action in ("upload", "verify")}
 
         objects = json.loads(self.body)["objects"]
         return {"transfer": "basic", "objects": [{**item, "actions": links(item["oid"])} for item in objects]}
 
-    def lfs_object(self, oid: str) -> tuple[int, bytes, dict[str, str]]:
+    def lfs_object(self, path: str) -> tuple[int, bytes, dict[str, str]]:
+        name, _, oid = path.rpartition("/")
         if self.command == "PUT":
+            if self.server.still(self.server.truncates, name):
+                self.body = self.body[:-100]
             if hashlib.sha256(self.body).hexdigest() != oid:
                 raise Refused(400, None, "the content is not what its oid says")
             self.server.objects[oid] = self.body
@@ -258,9 +309,58 @@ class Handler(BaseHTTPRequestHandler):
         if path not in repo.commits[sha]:
             raise Refused(404, "EntryNotFound", f"Entry not found: {path}")
         data = repo.commits[sha][path]
-        return 200, data, {"X-Repo-Commit": sha, "ETag": f'"{repo.oid(data)}"'}
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{repo.oid(data)}"', "Accept-Ranges": "bytes"}
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        start = min(int(asked[1]), len(data)) if asked else 0
+        if self.command == "GET" and self.server.still(self.server.cuts, f"{repo.name}/{path}"):
+            self.stops_at = 0 if start else len(data) // 2  # what comes after an interruption gets nothing at all
+        if asked:
+            return 206, data[start:], {**headers, "Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
+        return 200, data, headers
 
 
 def as_json(answer: Any, status: int = 200) -> tuple[int, bytes, dict[str, str]]:
     """An answer in JSON."""
     return status, json.dumps(answer).encode(), {"Content-Type": "application/json"}
+
+
+LICENCES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "bsd-3-clause", "gpl-3.0", "other", "unknown")
+RELATIONS = ("adapter", "finetune", "merge", "quantized")
+TASKS = ("zero-shot-image-classification", "image-classification", "image-feature-extraction")
+
+
+def card_problems(card: str) -> list[str]:
+    """What the Hub says of a card's header, for the fields that we write."""
+    found = re.match(r"\ufeff?\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card, re.DOTALL)
+    if found is None:
+        return []
+    try:
+        header = yaml.safe_load(found[1])
+    except yaml.YAMLError as error:
+        return [f"YAML Parse Error: {' '.join(str(error).split())}"]
+    if not isinstance(header, dict):
+        return ["the metadata must be an object"]
+    problems = [
+        f'"{field}" must be one of {known}'
+        for field, known in (("license", LICENCES), ("base_model_relation", RELATIONS), ("pipeline_tag", TASKS))
+        if field in header and header[field] not in known
+    ]
+    for field in ("tags", "datasets", "metrics"):
+        value = header.get(field, [])
+        if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+            problems.append(f'"{field}" must be a list of strings')
+    ids = [str(id) for id in (header.get("base_model"), *(header.get("datasets") or [])) if id is not None]
+    problems += [
+        f'"{id}" is no id' for id in ids if id is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(id))
+    ]
+    for model in header.get("model-index", []):
+        if not isinstance(model.get("name"), str) or not model.get("results"):
+            problems.append('"model-index" needs names and results')
+        for result in model.get("results", []):
+            known = [result["task"].get("type"), result["dataset"].get("type"), result["dataset"].get("name")]
+            known += [metric.get("type") for metric in result["metrics"]]
+            if not all(isinstance(name, str) and name for name in known):
+                problems.append('"model-index" needs types of task, data set and metric')
+            if not all(isinstance(metric.get("value"), (int, float)) for metric in result["metrics"]):
+                problems.append('"model-index" needs a value of every metric')
+    return problems

@@ -6,76 +6,30 @@ the same machine with HF_HUB_OFFLINE=1. Each writes what it found as JSON and lo
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from hub_process import Report, heads, logits, message, own_base, prompts, run, work
 from hub_server import TOKEN, LoopbackHub, serving
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPModel
+from transformers import CLIPModel
 
-import fvg_adapter
 from conftest import CLASSES, GOLDEN, NEW_CLASSES
-from fvg_adapter import FVGModel, load, wrap
+from fvg_adapter import FVGModel, load
 from fvg_adapter.base_models import base_model_record
-from fvg_adapter.errors import FVGError
 from fvg_adapter.tuners import CoOp, LoRA
 
-OURS = {"config.json", "fvg_heads.safetensors", "tuner.safetensors"}
-Report = dict[str, Any]
-
-
-def images() -> Tensor:
-    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def logits(model: Any, classes: Any = None) -> Tensor:
-    with model.use_classes(classes or model.classes):
-        return model.eval()(images()).logits
-
-
-def own_base(name: str) -> tuple[Any, Any]:
-    return CLIPModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-
-
-base = functools.cache(own_base)
-
-
-def prompts(name: str, shift: float = 0.0) -> CoOp:
-    tuner = CoOp(*base(name), CLASSES)
-    with torch.no_grad():
-        tuner.ctx.add_(torch.randn(tuner.ctx.shape, generator=torch.Generator().manual_seed(2)) * 0.02 + shift)
-    return tuner
-
-
-def heads(name: str) -> FVGModel:
-    model = wrap(prompts(name), foreground="given")
-    with torch.no_grad():
-        for head in (model.visual_adapter, model.text_adapter):
-            head.up.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
-    return model
-
-
-def message(call: Callable[[], Any]) -> str:
-    """What the FVGError of a call says; any other outcome is reported as itself."""
-    try:
-        return f"no error: {call()!r}"
-    except FVGError as error:
-        return str(error)
-    except Exception as error:
-        return f"{type(error).__module__}.{type(error).__name__}: {error}"
+OURS = {"README.md", "config.json", "fvg_heads.safetensors", "tuner.safetensors"}
 
 
 # -- the processes -----------------------------------------------------------------------------------------------------
@@ -223,26 +177,6 @@ def stay_offline(folder: Path) -> tuple[Report, dict[str, Tensor]]:
 # -- the tests ---------------------------------------------------------------------------------------------------------
 
 
-def run(step: Callable[..., Any], hub: LoopbackHub, folder: Path, **settings: str) -> tuple[Report, dict[str, Tensor]]:
-    """Runs a step in a process of its own whose Hub is the loopback's."""
-    package = str(Path(fvg_adapter.__file__).parents[1])
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-    environment |= {
-        "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
-        "HF_HUB_OFFLINE": "0",
-        **settings,
-    }
-    command = [sys.executable, __file__, step.__name__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=folder)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "report.json").read_text()), load_file(folder / "logits.safetensors")
-
-
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which `publish` works."""
@@ -282,7 +216,8 @@ def test_ours_are_uploaded_and_nothing_else(hub: LoopbackHub, published: Any) ->
 def test_both_ways_of_uploading_store_the_same(hub: LoopbackHub, published: Any) -> None:
     large, regular = hub.repos["me/x"], hub.repos["me/regular"]
     assert large.files()["fvg_heads.safetensors"] in large.lfs and not regular.lfs
-    assert {k: regular.files()[k] for k in OURS} == {k: large.files()[k] for k in OURS}
+    same = OURS - {"README.md"}  # a card names its repository
+    assert {k: regular.files()[k] for k in same} == {k: large.files()[k] for k in same}
 
 
 def test_pushing_gives_the_address_of_the_commit(hub: LoopbackHub, published: Any) -> None:
@@ -295,7 +230,9 @@ def test_pushing_gives_the_address_of_the_commit(hub: LoopbackHub, published: An
 def test_branches_and_proposals_leave_main_alone(hub: LoopbackHub, published: Any) -> None:
     repo = hub.repos["me/prompts"]
     assert set(repo.refs) == {"main", "warm", "refs/pr/1"}
-    assert repo.files("warm") == repo.files("refs/pr/1") != repo.files()
+    warm, proposed = ({k: v for k, v in repo.files(ref).items() if k != "README.md"} for ref in ("warm", "refs/pr/1"))
+    assert warm == proposed != {k: v for k, v in repo.files().items() if k != "README.md"}
+    assert b'revision="warm"' in repo.files("warm")["README.md"]
     assert repo.refs["refs/pr/1"] in published[0]["proposal"]
 
 
@@ -347,7 +284,7 @@ def test_the_logits_tell_models_apart(published: Any) -> None:
 
 def test_only_our_files_are_fetched(collected: Any) -> None:
     fetched = {line.split("/")[-1] for line in collected[2] if line.startswith("GET /me/x/resolve/")}
-    assert fetched == OURS
+    assert fetched == OURS - {"README.md"}
 
 
 def test_base_model_and_tokenizer_are_fetched_by_commit(hub: LoopbackHub, collected: Any) -> None:
@@ -410,8 +347,4 @@ def test_a_folder_that_is_gone_is_no_hub_id(golden_clip: CLIPModel, tokenizer: A
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    here = Path(sys.argv[2])
-    report, found = {f.__name__: f for f in (publish, collect, stay_offline)}[sys.argv[1]](here)
-    save_file(found, here / "logits.safetensors")
-    (here / "report.json").write_text(json.dumps(report))
+    work(publish, collect, stay_offline)

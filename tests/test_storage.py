@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from conftest import CLASSES, GOLDEN, NEW_CLASSES, small_config
-from fvg_adapter import FVGModel, load, storage, wrap
+from fvg_adapter import FVGModel, files, load, wrap
 from fvg_adapter.errors import FVGError
 from fvg_adapter.tuners import CoOp, ZeroShot
 from fvg_adapter.untrusted import sha256_of
@@ -34,7 +34,7 @@ def test_saved_and_loaded_logits_are_bit_equal(
 ) -> None:
     model.save_pretrained(tmp_path / "a")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
-        "config.json", "fvg_heads.safetensors", "tuner.safetensors",
+        "README.md", "config.json", "fvg_heads.safetensors", "tuner.safetensors",
     ]  # fmt: skip
     lists = [CLASSES, NEW_CLASSES, [*CLASSES, *NEW_CLASSES]]
     expected = []
@@ -177,7 +177,7 @@ def test_a_full_disk_leaves_the_old_files(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(storage.json, "dumps", full)
+    monkeypatch.setattr(files.json, "dumps", full)
     with pytest.raises(FVGError, match="No space left on device"):
         model.save_pretrained(target)
     assert [p.name for p in tmp_path.iterdir()] == (["a"] if exists else [])

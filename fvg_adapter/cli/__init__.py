@@ -12,6 +12,7 @@ from fvg_adapter.cli.converting import convert_checkpoint
 from fvg_adapter.cli.evaluating import evaluate_adapter
 from fvg_adapter.cli.informing import describe_adapter
 from fvg_adapter.cli.predicting import predict_images
+from fvg_adapter.cli.pushing import push_adapter
 from fvg_adapter.cli.training import train_and_compare
 
 __all__ = ["app", "main"]
@@ -28,6 +29,7 @@ app.command("train")(train_and_compare)
 app.command("eval")(evaluate_adapter)
 app.command("predict")(predict_images)
 app.command("info")(describe_adapter)
+app.command("push")(push_adapter)
 app.command("convert")(convert_checkpoint)
 app.command("audit")(audit_model)
 
@@ -54,6 +56,7 @@ def _about(
     fvg-adapter info out/adapter
     fvg-adapter eval out/adapter pets --split test
     fvg-adapter predict out/adapter photo.jpg --classes "tabby cat,beagle"
+    fvg-adapter push out/adapter me/pets-fvg --license mit
     fvg-adapter audit out/adapter pets --output report
     fvg-adapter convert old/prompt_learner --classes @pets.txt --output new \\
         --model openai/clip-vit-base-patch16

@@ -20,8 +20,9 @@ from transformers.utils import ModelOutput
 
 from fvg_adapter.base_models import base_model_record
 from fvg_adapter.errors import FVGError
+from fvg_adapter.files import TUNER_FILE
 from fvg_adapter.modes import Hold, full_precision, keep_full_precision
-from fvg_adapter.storage import TUNER_FILE, Pretrained, load_own, own_tensors_only
+from fvg_adapter.storage import Pretrained, load_own, own_tensors_only
 from fvg_adapter.towers import DualEncoder
 from fvg_adapter.tuners.adapters import adapter_layers, adapter_state, adapts_images, without_adapter
 from fvg_adapter.tuners.arguments import check_arguments

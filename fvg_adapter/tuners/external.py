@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fvg_adapter.errors import FVGError
+from fvg_adapter.files import TUNER_FILE
 from fvg_adapter.layouts import LAYOUTS
 from fvg_adapter.modes import full_precision
-from fvg_adapter.storage import TUNER_FILE, own_tensors_only
+from fvg_adapter.storage import own_tensors_only
 from fvg_adapter.towers import DualEncoder
 from fvg_adapter.tuners.base import Tuner
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, check_classes

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fvg_adapter.errors import FVGError, nearest
+from fvg_adapter.files import TUNER_FILE
 from fvg_adapter.layouts import Layout
-from fvg_adapter.storage import TUNER_FILE
 from fvg_adapter.tuners.adapter_files import FOLDER, WEIGHTS, fitting, read_adapter
 from fvg_adapter.tuners.adapters import (
     adapter_layers,
