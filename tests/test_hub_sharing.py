@@ -1,7 +1,7 @@
 """Sharing over real HTTP: train, push with a card, load by the id alone; and everything that goes wrong on the way.
 
 This file is the tests and the script of the processes. `author` trains and pushes, logged in. `reader` is a machine
-that knows the id alone; `cut_off` is the same machine when the Hub is gone. `racers` push at the same time as one another.
+that knows the id alone; `cut_off` is the same machine when the Hub is gone. `racers` push at the same time.
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ def reader(folder: Path) -> Found:
     report: Report = {"snippet": snippet, "said": said.getvalue(), "errors": {}}
     names = ["unknown", "prompts", "pickled", "disguised", "only-pickle", "bert", "peft"]
     clip, tokenizer = model.tuner.clip, model.tuner.tokenizer
+    empty = {"cache_dir": folder / "empty"}
     for name in names:
-        empty = {"cache_dir": folder / "empty"}
         report["errors"][name] = message(lambda name=name: load(f"me/{name}", clip=clip, tokenizer=tokenizer, **empty))
     report["errors"]["revision"] = message(lambda: load("me/fvg", revision="nowhere"))
 
