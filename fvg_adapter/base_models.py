@@ -159,16 +159,20 @@ def load_tokenizer(clip: nn.Module, record: Mapping[str, Any], **hub: Any) -> An
 def _cached_first(kind: Any, name: str, revision: str | None, telling: tuple[str, ...], hub: Mapping[str, Any]) -> Any:
     """`from_pretrained` of a commit without the network where the cache holds it: a commit never changes.
 
-    transformers asks for files that a repository may not have each time, and waits for long where nothing answers.
+    transformers asks the Hub each time for files that a repository may not have, and waits for long where nothing
+    answers. `telling` are files of which one must be there for the cache to be trusted.
     """
     from huggingface_hub import try_to_load_from_cache
 
     shared = {**_shared(hub), "trust_remote_code": False}
-    if re.fullmatch("[0-9a-f]{40}", revision or ""):
-        at = {"revision": revision, "cache_dir": shared.get("cache_dir")}
-        if any(isinstance(try_to_load_from_cache(name, file, **at), str) for file in telling):
-            with contextlib.suppress(*hub_errors()):  # half of it is there
-                return kind.from_pretrained(name, revision=revision, **{**shared, "local_files_only": True})
+    at = {"revision": revision, "cache_dir": shared.get("cache_dir")}
+    known = re.fullmatch("[0-9a-f]{40}", revision or "") is not None
+    if known and any(isinstance(try_to_load_from_cache(name, file, **at), str) for file in telling):
+        here = {**shared, "revision": revision, "local_files_only": True}
+        # transformers 5 looks for PEFT's file without the flag, 4 takes it no second time
+        for more in ({"adapter_kwargs": {"local_files_only": True}}, {}) if hasattr(kind, "_model_mapping") else ({},):
+            with contextlib.suppress(*hub_errors(), TypeError):  # of half a repository, too
+                return kind.from_pretrained(name, **here, **more)
     return kind.from_pretrained(name, revision=revision or "main", **shared)
 
 

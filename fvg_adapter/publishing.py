@@ -21,6 +21,10 @@ from fvg_adapter.files import CARD_FILE, CONFIG_FILE, HEADS_FILE, PICTURE_FILE, 
 
 ATTEMPTS = 5
 """How often a push starts over because another one came in between."""
+_FAILURES: tuple[type[Exception], ...] = (
+    *hub_errors(),
+    RuntimeError,
+)  # the client raises a RuntimeError where the upload of a file fails
 _OVERTAKEN = (409, 412)  # the Hub's answers to a commit whose parent is not the branch's last one any more
 
 
@@ -69,8 +73,9 @@ def publish(
             return str(done.commit_url)
     except FVGError:
         raise
-    except (*hub_errors(), RuntimeError) as error:  # a RuntimeError when a file's upload fails
-        said = " ".join(f"{error} {error.__cause__ or ''}".split()).rstrip(". ")
+    except _FAILURES as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) else None
+        said = " ".join(f"{error} {cause or ''}".split()).rstrip(". ")
         raise FVGError(f"{repo_id!r} could not be pushed to the Hub: {said}. {_way_out(said)}") from error
     raise AssertionError("every attempt returns or raises")
 
@@ -147,6 +152,8 @@ def _way_out(said: str) -> str:
         return "The upload goes by Xet, which this Hub does not speak: set HF_HUB_DISABLE_XET=1 and push again."
     if "metadata" in said.lower() or "yaml" in said.lower():
         return "The Hub refuses the card's header: change what it names (license=…, dataset=…, or the file of card=…)."
+    if "connect" in said.lower() or "offline" in said.lower():
+        return "Check the connection and push again. Nothing on this machine was changed."
     return (
         "Give an id like 'me/pets-fvg', and a token that may write there: token=…, or `hf auth login` once. "
         "Nothing on this machine was changed."

@@ -286,7 +286,7 @@ def fetch(id_or_dir: str | os.PathLike[str], *, revision: str | None = None, **h
     except hub_errors() as error:
         raise FVGError(
             f"{name!r} is no folder here, and it could not be loaded from the Hub"
-            f"{f' at revision {revision!r}' if revision else ''}: {str(error).rstrip('. ')}. "
+            f"{f' at revision {revision!r}' if revision else ''}: {' '.join(str(error).split()).rstrip('. ')}. "
             "Check the name and the connection; for a private repository log in (`hf auth login`) or give token=…."
         ) from error
     if not (folder / CONFIG_FILE).is_file():

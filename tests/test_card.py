@@ -323,6 +323,26 @@ def test_figures_that_do_not_fit_are_refused(model: FVGModel, tmp_path: Path) ->
         update_card(tmp_path)
 
 
+def test_a_config_from_elsewhere_may_tell_anything(
+    model: FVGModel, small_clip: CLIPModel, tokenizer: Any, tmp_path: Path
+) -> None:
+    folder = model.save_pretrained(tmp_path / "a", results=RESULTS, license="mit")
+    model.tuner.detach()
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    weights, results = config["about"]["weights"], config["about"]["results"]
+    odd: list[Any] = [[], "text", {"results": 3}, {"results": {**results, "ours": "nobody"}}]
+    odd += [{"results": {**results, "rows": {"coop+fvg": {"base": "many"}}}}, {"results": {**results, "seeds": 3}}]
+    odd += [{"license": "mit\nevil: yes", "dataset": "a/b/c", "picture": "../../etc"}, {"dataset": ["x"]}]
+    for about in odd:
+        told = {**about, "weights": weights} if isinstance(about, dict) else about
+        (folder / "config.json").write_text(json.dumps({**config, "about": told}))
+        loaded = load(folder, clip=small_clip, tokenizer=tokenizer)
+        loaded.save_pretrained(tmp_path / "b")
+        loaded.tuner.detach()
+        card = card_in(tmp_path / "b")
+        assert "No figures came" in card.text and card.data.license == "unknown" and "evil" not in str(card)
+
+
 def test_a_pickle_in_place_of_safetensors(
     model: FVGModel, small_clip: CLIPModel, tokenizer: Any, tmp_path: Path
 ) -> None:

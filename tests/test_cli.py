@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import BertConfig, BertModel, CLIPModel, CLIPTokenizer
 from typer.testing import CliRunner
@@ -98,13 +100,13 @@ def assert_mistake(result: Any, *told: str) -> None:
 # -- help --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [None, "train", "eval", "predict", "info", "convert"])
+@pytest.mark.parametrize("command", [None, "train", "eval", "predict", "info", "push", "convert"])
 def test_help_teaches_with_examples(command: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     result = run(*([command] if command else []), "--help")
     assert result.exit_code == 0
     assert f"fvg-adapter {command or 'train'}" in result.stdout
-    if command != "info":
+    if command not in ("info", "push"):
         assert "openai/clip-vit-base-patch16" in result.stdout
 
 
@@ -167,7 +169,12 @@ def test_train_writes_rows_for_people_and_machines(trained: Any) -> None:
     assert rows["settings"]["tune"]["epochs"] == 2
     assert rows["settings"]["heads"]["epochs"] == 2
     names = {path.name for path in trained.adapter.iterdir()}
-    assert names == {"config.json", "fvg_heads.safetensors", "tuner.safetensors"}
+    assert names == {"README.md", "attention.png", "config.json", "fvg_heads.safetensors", "tuner.safetensors"}
+    card = ModelCard.load(trained.adapter / "README.md")
+    assert "seeds 1, 2" in card.text and "**Here: HM" in card.text  # what the foreground is worth, whatever the sign
+    assert card.data.eval_results[0].metric_value == pytest.approx(statistics.fmean(rows["coop+fvg"]["base"]), abs=0.01)
+    assert str(trained.output) not in card.text
+    assert (trained.adapter / "attention.png").read_bytes()[:4] == b"\x89PNG"
     assert trained.result.stderr == ""  # not a terminal: quiet
 
 

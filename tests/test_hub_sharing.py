@@ -1,7 +1,7 @@
 """Sharing over real HTTP: train, push with a card, load by the id alone; and everything that goes wrong on the way.
 
 This file is the tests and the script of the processes. `author` trains and pushes, logged in. `reader` is a machine
-that knows the id alone; `cut_off` is the same machine when the Hub is gone. `racers` push at the same time as one another.
+that knows the id alone; `cut_off` is the same machine when the Hub is gone. `racers` push at the same time.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from hub_process import Found, Report, finish, logits, message, own_base, prompt
 from hub_server import TOKEN, LoopbackHub, card_problems, serving
 from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
 from conftest import CLASSES, GOLDEN, NEW_CLASSES
 from fvg_adapter import evaluate, load, wrap
+from fvg_adapter.cli import app
 from fvg_adapter.hub import push_folder, update_card
 from fvg_adapter.tuners import CoOp
 
@@ -65,6 +67,19 @@ def trained() -> tuple[Any, dict[str, float]]:
     return model.eval(), evaluate(model, pictures, Noise(NEW_CLASSES))
 
 
+def run_page() -> None:
+    """The blocks of the page on sharing, in order, its base model being the tiny one."""
+    page = (Path(__file__).parent.parent / "docs/howto/sharing.md").read_text("utf-8")
+    names: dict[str, Any] = {"__name__": "page"}
+    for language, block in re.findall(r"```(python|bash)\n(.*?)```", page, re.DOTALL):
+        if language == "python":
+            exec(compile(block, "docs/howto/sharing.md", "exec"), names)
+        else:
+            for line in block.splitlines():
+                done = CliRunner().invoke(app, line.split()[1:])
+                assert done.exit_code == 0, done.stderr
+
+
 # -- the processes -----------------------------------------------------------------------------------------------------
 
 
@@ -74,9 +89,11 @@ def author(folder: Path) -> Found:
 
     warnings.simplefilter("ignore")
     api = HfApi()
-    api.create_repo("me/clip")
-    for part in ("model", "tokenizer"):
-        api.upload_folder(repo_id="me/clip", folder_path=GOLDEN / part)
+    for name in ("me/clip", "openai/clip-vit-base-patch16"):
+        api.create_repo(name)
+        for part in ("model", "tokenizer"):
+            api.upload_folder(repo_id=name, folder_path=GOLDEN / part)
+    run_page()
     model, figures = trained()
     report: Report = {"figures": figures, "learned": float(model.tuner.ctx.std())}
     Image.new("RGB", (12, 8), "red").save(folder / "overlay.png")
@@ -98,6 +115,10 @@ def author(folder: Path) -> Found:
     (local / "fvg_heads.safetensors").write_bytes((local / "fvg_heads.safetensors").read_bytes()[:-50])
     report["truncated folder"] = message(lambda: push_folder(local, "me/copied"))
     model.save_pretrained(local)
+
+    told = CliRunner().invoke(app, ["push", str(local), "me/by-command", "--private", "--license", "mit", "--json"])
+    report["command"] = json.loads(told.stdout)
+    report["mistake"] = CliRunner().invoke(app, ["push", str(folder / "home"), "me/by-command"]).stderr
 
     # cards of people, on the Hub and here
     for name in ("me/edited", "me/broken", "me/meanwhile", "me/follows"):
@@ -171,8 +192,8 @@ def reader(folder: Path) -> Found:
     report: Report = {"snippet": snippet, "said": said.getvalue(), "errors": {}}
     names = ["unknown", "prompts", "pickled", "disguised", "only-pickle", "bert", "peft"]
     clip, tokenizer = model.tuner.clip, model.tuner.tokenizer
+    empty = {"cache_dir": folder / "empty"}
     for name in names:
-        empty = {"cache_dir": folder / "empty"}
         report["errors"][name] = message(lambda name=name: load(f"me/{name}", clip=clip, tokenizer=tokenizer, **empty))
     report["errors"]["revision"] = message(lambda: load("me/fvg", revision="nowhere"))
 
@@ -336,6 +357,17 @@ def test_cards_of_one_s_own(hub: LoopbackHub, pushed: Found) -> None:
     assert "README.md" not in hub.repos["me/odd"].files()
 
 
+def test_the_command(hub: LoopbackHub, pushed: Found) -> None:
+    repo = hub.repos["me/by-command"]
+    assert repo.private and pushed[0]["command"] == {"repo_id": "me/by-command", "commit": commit_of(hub, repo.name)}
+    assert "license: mit" in readme(hub, "me/by-command")
+    assert "has no config.json" in pushed[0]["mistake"]
+
+
+def commit_of(hub: LoopbackHub, name: str) -> str:
+    return f"{hub.url}/{name}/commit/{hub.repos[name].refs['main']}"
+
+
 def test_a_folder_is_pushed_without_its_base_model(hub: LoopbackHub, pushed: Found) -> None:
     assert pushed[0]["pushed folder"].startswith(f"{hub.url}/me/copied/commit/")
     assert "no whole safetensors file" in pushed[0]["truncated folder"]
@@ -365,6 +397,13 @@ def test_without_the_variable_xet_is_used_or_named(raced: list[Found]) -> None:
     assert raced[1][0]["url"]  # nothing is large in me/race: no Xet is asked for
     assert "'me/lfs' could not be pushed" in raced[1][0]["by xet"]
     assert "HF_HUB_DISABLE_XET=1" in raced[1][0]["by xet"]
+
+
+def test_the_page_on_sharing_did_what_it_says(hub: LoopbackHub, pushed: Found) -> None:
+    repo = hub.repos["me/fruit-fvg"]
+    assert set(repo.refs) == {"main", "warm", "refs/pr/1"} and hub.repos["me/secret-fvg"].private
+    assert "license: mit" in readme(hub, "me/fruit-fvg") and "Trained for longer" in repo.messages
+    assert "license: apache-2.0" in readme(hub, "me/fruit-again")
 
 
 def test_a_push_that_has_to_follow_a_commit(hub: LoopbackHub, pushed: Found) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fvg_adapter.card.figures import figures_of
+from fvg_adapter.card.figures import figures_of, sound_about
 from fvg_adapter.card.marks import header_problem, is_edited, marked, read_card
 from fvg_adapter.card.metadata import metadata_of, title_of
 from fvg_adapter.card.text import sections
 
-__all__ = ["figures_of", "header_problem", "is_edited", "make_card", "read_card"]
+__all__ = ["figures_of", "header_problem", "is_edited", "make_card", "read_card", "sound_about"]
 
 
 def make_card(config: Mapping[str, Any], repo_id: str | None = None, revision: str | None = None) -> str:
@@ -30,6 +30,7 @@ def make_card(config: Mapping[str, Any], repo_id: str | None = None, revision: s
         The text of README.md: a YAML header for the Hub and Markdown, with a last line by which a later save knows
         whether the card was edited.
     """
+    config = {**config, "about": sound_about(config.get("about"))}
     header = metadata_of(config, repo_id or title_of(config)).to_yaml(line_break="\n")
     body = "\n\n".join(sections(config, repo_id, revision))
     return marked(f"---\n{header}\n---\n\n{body}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,6 +68,35 @@ def figures_of(results: Any, tuner: str, kind: str) -> dict[str, Any]:
     if "data" in found:  # no path of this machine
         found["data"] = str(found["data"]) if found.get("from_hub") else Path(str(found["data"])).name
     return {"rows": rows, "ours": ours, **found}
+
+
+def sound_about(about: Any) -> dict[str, Any]:
+    """What of a config's "about" has the form that we write; a file from elsewhere may hold anything."""
+    if not isinstance(about, Mapping):
+        return {}
+    found = dict(about)
+    if not _is_sound(found.get("results")):
+        found.pop("results", None)
+    names = {"dataset": r"[^/\\]+|[\w.-]+/[\w.-]+", "license": r"[\w.-]+", "picture": r"[0-9a-f]{64}"}
+    for name, pattern in names.items():
+        if not (isinstance(found.get(name), str) and re.fullmatch(pattern, found[name])):
+            found.pop(name, None)
+    return found
+
+
+def _is_sound(results: Any) -> bool:
+    if not isinstance(results, Mapping) or not isinstance(results.get("rows"), Mapping):
+        return False
+    rows, several = results["rows"], results.get("seeds", [])
+    values = [v for row in rows.values() if isinstance(row, Mapping) for v in row.values()]
+    return (
+        results.get("ours") in rows
+        and all(isinstance(row, Mapping) for row in rows.values())
+        and all(isinstance(v, list) and all(n is None or type(n) in (int, float) for n in v) for v in values)
+        and isinstance(several, list)
+        and all(isinstance(results.get(name, ""), (str, int)) for name in ("data", "test_split", "shots", "foreground"))
+        and ("/" not in str(results.get("data", "")) or bool(results.get("from_hub")))
+    )
 
 
 def _read(path: Path) -> Any:

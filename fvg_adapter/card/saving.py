@@ -13,13 +13,13 @@ from typing import Any
 
 from fvg_adapter.base_models import is_hub_id
 from fvg_adapter.card import make_card
-from fvg_adapter.card.figures import figures_of
+from fvg_adapter.card.figures import figures_of, sound_about
 from fvg_adapter.card.marks import header_problem, is_edited, read_card
 from fvg_adapter.errors import FVGError
 from fvg_adapter.files import CARD_FILE, PICTURE_FILE, write_config
 from fvg_adapter.untrusted import sha256_of
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def add_card(
@@ -44,7 +44,7 @@ def add_card(
             same, its data and licence stay in any case. kept: the folder that it was loaded from.
         results, picture, dataset, license: what is known now.
     """
-    old = dict(before) if isinstance(before, Mapping) else {}
+    old = sound_about(before)
     weights = _weights(weights_in or folder)
     if old.get("weights") != weights:
         old.pop("results", None), old.pop("picture", None)
@@ -75,7 +75,7 @@ def tell_kept(card: str, where: str) -> None:
     """Says that a person's card was kept: to the log, or in a warning where its header is broken."""
     problem = header_problem(card)
     if problem is None:
-        log.info("%s was edited and is kept as it is; delete it to have one made.", where)
+        _log.info("%s was edited and is kept as it is; delete it to have one made.", where)
         return
     warnings.warn(
         f"{where} was kept as it is, but its YAML header is broken ({problem}), and the Hub takes no such card: mend "

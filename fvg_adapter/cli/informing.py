@@ -78,9 +78,25 @@ def describe(adapter: str) -> dict[str, Any]:
             name: sum(math.prod(tensor.shape) for tensor in held.values()) for name, held in tensors.items()
         },
         "different_from_defaults": {key: value for key, value in given.items() if value != defaults.get(key)},
+        "card": _card_facts(config),
         "format_version": config["format_version"],
         "versions": config.get("versions", {}),
     }
+
+
+def _card_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """Data, licence and figures, where the files tell of them."""
+    from fvg_adapter.card import sound_about
+    from fvg_adapter.card.figures import METRICS, shown
+    from fvg_adapter.card.metadata import dataset_of
+
+    about = sound_about(config.get("about"))
+    facts: dict[str, Any] = {"data": dataset_of(about).get("name"), "licence": about.get("license")}
+    if "results" in about:
+        row, seeds = about["results"]["rows"][about["results"]["ours"]], about["results"].get("seeds")
+        over = f" (seeds {', '.join(map(str, seeds))})" if seeds else ""
+        facts["figures"] = ", ".join(f"{name} {shown(row[m])}" for m, name in METRICS.items() if m in row) + over
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:
@@ -100,6 +116,7 @@ def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:
     if about["kind"] == "fvg":
         unusual = _pairs(about["different_from_defaults"]) or "none"
         lines += [("foreground", str(about["foreground"])), ("not default", unusual)]
+    lines += list(about["card"].items())
     lines += [
         ("parameters", ", ".join(f"{count:,} in {name}" for name, count in about["parameters"].items())),
         ("files", ", ".join(f"{name} {_size(count)}" for name, count in about["files"].items())),

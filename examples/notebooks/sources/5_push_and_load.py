@@ -63,6 +63,18 @@ print(str(url).replace(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), 
 sorted(api.list_repo_files(f"{me}/fruit-fvg"))
 
 # %% [markdown]
+# README.md is the model card, with a header for the Hub's search. What it cannot know you say: `results=evaluate(…)`, `picture=…`,
+# `dataset=…`, `license=…`. Once you edit it, here or on the Hub, it is yours and is not written over.
+
+# %%
+from huggingface_hub import ModelCard
+
+model.push_to_hub(f"{me}/fruit-fvg", commit_message="A licence", license="apache-2.0", dataset="fruit")
+card = ModelCard.load(f"{me}/fruit-fvg")
+print(card.data)
+print(card.text.partition("## Results")[0])
+
+# %% [markdown]
 # By the id alone: the config names the base model, and a base model that does not fit is refused.
 
 # %%
