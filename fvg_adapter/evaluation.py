@@ -187,12 +187,11 @@ def _bank(model: FVGModel | Tuner, data: Any, batch_size: int) -> FeatureBank:
 
 @contextlib.contextmanager
 def _as_found(model: FVGModel | Tuner) -> Iterator[None]:
-    classes, modes = model.classes, {module: module.training for module in model.modules()}
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.set_classes(classes)
         for module, mode in modes.items():
             module.training = mode
 

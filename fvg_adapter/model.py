@@ -98,12 +98,12 @@ class FVGModel(nn.Module, Pretrained):
         return self.tuner.classes
 
     def set_classes(self, classes: Sequence[str]) -> None:
-        """Scores these classes from now on; `base_classes` stay what was tuned on."""
+        """Scores these classes from now on, in every thread; `base_classes` stay what was tuned on."""
         self.tuner.set_classes(classes)
 
     @contextlib.contextmanager
     def use_classes(self, classes: Sequence[str]) -> Iterator[FVGModel]:
-        """Scores these classes inside the block, and the former ones again behind it."""
+        """Scores these classes inside the block, and the former ones again behind it; in this thread alone."""
         with self.tuner.use_classes(classes):
             yield self
 
@@ -119,10 +119,11 @@ class FVGModel(nn.Module, Pretrained):
     def _is_base(self) -> list[bool]:
         """Which of the current classes were tuned on; kept, since every forward asks."""
         lists = (self.base_classes, self.classes)
-        if self._seen is None or self._seen[0] != lists:
-            known = {plain(name) for name in self.base_classes}
-            self._seen = (lists, [plain(name) in known for name in self.classes])
-        return self._seen[1]
+        seen = self._seen  # read once: other threads may ask about their own class lists
+        if seen is None or seen[0] != lists:
+            known = {plain(name) for name in lists[0]}
+            seen = self._seen = (lists, [plain(name) in known for name in lists[1]])
+        return seen[1]
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -153,6 +154,19 @@ class FVGModel(nn.Module, Pretrained):
         """
         if self._hold.released:
             raise FVGError("this model was unwrapped; wrap the model again to go on.")
+        with self.tuner.one_class_list():
+            return self._forward(pixel_values, labels, foreground_mask, features, branch, return_attention)
+
+    def _forward(
+        self,
+        pixel_values: Tensor | None,
+        labels: Tensor | None,
+        foreground_mask: Tensor | None,
+        features: Mapping[str, Tensor] | None,
+        branch: str,
+        return_attention: bool,
+    ) -> FVGOutput:
+        """`forward` over one class list."""
         branch = self.branch_for(branch)
         learning = self.training and labels is not None
         if (pixel_values is None) == (features is None):
@@ -344,7 +358,7 @@ class FVGModel(nn.Module, Pretrained):
 
     @torch.no_grad()
     def predict(self, images: Any, classes: Sequence[str] | None = None, top_k: int = 5) -> Any:
-        """The most probable classes of pictures, best first.
+        """The most probable classes of pictures, best first; in evaluation mode from any number of threads at once.
 
         Args:
             images: a picture (PIL), a list of them, or normalised pixels (B, 3, H, W).
@@ -377,13 +391,15 @@ class FVGModel(nn.Module, Pretrained):
                     )
             pixels = torch.stack([transform(picture.convert("RGB"))["pixel_values"] for picture in pictures])
         mode = self.training
-        self.eval()
+        if mode:
+            self.eval()
         try:
-            with self.use_classes(classes) if classes is not None else contextlib.nullcontext():
+            with self.use_classes(classes) if classes is not None else self.tuner.one_class_list():
                 logits = self(pixels.to(self.tuner.encoder.device)).logits
                 names = self.classes
         finally:
-            self.train(mode)
+            if mode:
+                self.train()
         best = logits.softmax(-1).topk(min(top_k, len(names)), dim=-1)
         rows = [
             [Prediction(names[i], p) for p, i in zip(values, indices, strict=True)]

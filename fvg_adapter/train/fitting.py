@@ -24,6 +24,7 @@ from fvg_adapter.data.randomness import randomness_kept
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.features import FeatureBank
 from fvg_adapter.model import FVGModel
+from fvg_adapter.replacing import scratch
 from fvg_adapter.train.banked import train_from_bank
 from fvg_adapter.train.bars import step_bar
 from fvg_adapter.train.batches import Batches, Collate, Drawn, Loader
@@ -113,9 +114,9 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(randomness_kept())
         keys = _check_data(model, dataset)
-        if output_dir is not None and Path(output_dir).exists() and not Path(output_dir).is_dir():
-            raise FVGError(f"{output_dir} is a file; give a folder for the checkpoints.")
         found = checkpoint_for(resume, output_dir, model)
+        if output_dir is not None:
+            _check_output(Path(output_dir))
         simple = isinstance(dataset, FeatureBank) and output_dir is None and not report_to
         if simple and precision == "no" and accumulate == 1 and "LOCAL_RANK" not in os.environ:
             bank: FeatureBank = dataset
@@ -277,6 +278,18 @@ def _check_data(model: Model, dataset: Any) -> frozenset[str]:
         given = f"has {sorted(keys)}" if keys else f"is a {type(item).__name__}"
         raise FVGError(f"an item needs 'labels', and 'pixel_values' or a bank's 'features', but the first one {given}.")
     return frozenset(inspect.signature(type(model).forward).parameters)
+
+
+def _check_output(folder: Path) -> None:
+    """Makes the folder for checkpoints; what cannot be written is told before the first epoch and not behind it."""
+    if folder.exists() and not folder.is_dir():
+        raise FVGError(f"{folder} is a file; give a folder for the checkpoints.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with scratch(folder):
+            pass
+    except OSError as error:
+        raise FVGError(f"checkpoints could not be written to {folder}: {error}; give another folder.") from error
 
 
 def _average(model: Model, epochs: int, found: Path | None) -> GaussianAverage | None:

@@ -172,7 +172,13 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         except (OSError, SafetensorError, RuntimeError) as error:
             self.staging.clear()
             folder = checkpoint_folder(self.staging.output, step)
-            raise FVGError(f"the checkpoint {folder} could not be written: {error}.") from error
+            why = str(error).rstrip(". ")
+            if "inline_container" in why:  # torch.save speaks of positions alone
+                why = f"the disk is full, or files may not be so large ({why})"
+            raise FVGError(
+                f"the checkpoint {folder} could not be written: {why}. Earlier checkpoints are whole; make room and go "
+                "on with resume=True."
+            ) from error
         finally:
             self._saving = False
 

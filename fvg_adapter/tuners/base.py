@@ -27,6 +27,7 @@ from fvg_adapter.towers import DualEncoder
 from fvg_adapter.tuners.adapters import adapter_layers, adapter_state, adapts_images, without_adapter
 from fvg_adapter.tuners.arguments import check_arguments
 from fvg_adapter.tuners.cache import TextCache, parameters_of, remembered
+from fvg_adapter.tuners.class_lists import Block
 from fvg_adapter.tuners.encoding import encode_in_passes
 from fvg_adapter.tuners.passes import own_pass, untouched
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Prompts, check_classes, check_template, fill, tokenize
@@ -100,6 +101,7 @@ class Tuner(nn.Module, Pretrained):
         self.template: str = check_template(template)
         self.base_classes = names
         self._classes = names
+        self._block = Block()
         self._text_cache = TextCache()
         self._prompts: dict[Hashable, tuple[Prompts, Any]] = {}
         self._handles: list[Any] = []
@@ -121,28 +123,51 @@ class Tuner(nn.Module, Pretrained):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names that columns of the logits stand for now."""
-        return self._classes
+        """The class names that columns of the logits stand for now, in this thread."""
+        return self._classes if self._block.names is None else self._block.names
 
     def set_classes(self, classes: Sequence[str]) -> None:
-        """Scores these classes from now on; any names, any time.
+        """Scores these classes from now on, in every thread; any names, any time.
+
+        Inside a `use_classes` block it changes the block's list alone. A forward that is running keeps the list that it
+        began with.
 
         Raises:
             FVGError: unusable names; the class list stays as it was.
         """
         names = check_classes(classes)
         self._check_prompts(names)
-        self._classes = names
+        if self._block.names is None:
+            self._classes = names
+        else:
+            self._block.names = names
 
     @contextlib.contextmanager
     def use_classes(self, classes: Sequence[str]) -> Iterator[None]:
-        """Scores these classes inside the block, and the former ones again behind it."""
-        before = self._classes
-        self.set_classes(classes)
+        """Scores these classes inside the block, and the former ones again behind it.
+
+        The block belongs to its thread: others go on with their own classes, and threads that are started inside it
+        have to enter one of their own (DataParallel's replicas take it over).
+
+        Raises:
+            FVGError: unusable names.
+        """
+        names = check_classes(classes)
+        self._check_prompts(names)
+        before, self._block.names = self._block.names, names
         try:
             yield
         finally:
-            self._classes = before
+            self._block.names = before
+
+    @contextlib.contextmanager
+    def one_class_list(self) -> Iterator[None]:
+        """Inside, this thread keeps the class list of the moment, whatever other threads set."""
+        before, self._block.names = self._block.names, self.classes
+        try:
+            yield
+        finally:
+            self._block.names = before
 
     def _check_prompts(self, classes: tuple[str, ...]) -> None:
         """Raises FVGError where a class cannot be tokenised into the text window; subclasses add their contexts."""
@@ -169,7 +194,7 @@ class Tuner(nn.Module, Pretrained):
 
         Computed once per class list as long as nothing that they depend on asks for a gradient.
         """
-        return self._cached("tuned", self._own_text_state(), lambda: self._text(self._classes))
+        return self._cached("tuned", self._own_text_state(), lambda: self._text(self.classes))
 
     def prior_image_features(self, pixel_values: Tensor) -> Tensor:
         """The plain CLIP's image features f_CLIP (B, D), unit length, without gradient."""
@@ -181,7 +206,7 @@ class Tuner(nn.Module, Pretrained):
 
         def encode() -> Tensor:
             with untouched():
-                return F.normalize(self._encode(self.prior_prompts(self._classes)), dim=-1)
+                return F.normalize(self._encode(self.prior_prompts(self.classes)), dim=-1)
 
         return self._cached("prior", (), encode)
 
@@ -217,12 +242,19 @@ class Tuner(nn.Module, Pretrained):
             FVGError: neither or both inputs, labels out of range, features for a tuner that changes the images.
         """
         self._check_attached()
+        with self.one_class_list():
+            return self._scored(pixel_values, labels, features)
+
+    def _scored(
+        self, pixel_values: Tensor | None, labels: Tensor | None, features: Mapping[str, Tensor] | None
+    ) -> TunerOutput:
+        """`forward` over one class list; subclasses with further passes override it."""
         image = self._image_input(pixel_values, features)
         text = self.text_features()
         logits = self.scores(image, text)  # (B, C)
         if labels is None:
             return TunerOutput(logits=logits)
-        labels = check_labels(labels, len(self._classes), len(logits))
+        labels = check_labels(labels, len(self.classes), len(logits))
         losses = self.loss_terms(image, text, logits, labels)
         return TunerOutput(loss=torch.stack(list(losses.values())).sum(), logits=logits, losses=losses)
 
@@ -271,7 +303,8 @@ class Tuner(nn.Module, Pretrained):
     def _tokenized_once(self, what: Hashable, classes: Sequence[str], tokenized: Callable[[], Prompts]) -> Prompts:
         """Prompts of a class list, which a training asks for in every step."""
         key = (what, tuple(classes))
-        if key in self._prompts and self._prompts[key][1] is not self.tokenizer:
+        entry = self._prompts.get(key)
+        if entry is not None and entry[1] is not self.tokenizer:
             self._prompts.clear()
         return remembered(self._prompts, key, lambda: (tokenized(), self.tokenizer))[0]
 
@@ -308,8 +341,9 @@ class Tuner(nn.Module, Pretrained):
 
     def _cached(self, what: str, own: Iterable[Tensor], compute: Callable[[], Tensor]) -> Tensor:
         tower = parameters_of(self.encoder.text) if self.encoder.has_text else ()
-        context = (what, self._classes, self.template, self._adapters())
-        return self._text_cache.get(context, [*own, *tower, *self._text_projection()], compute)
+        with self.one_class_list():  # the list that it is kept under is the list that is encoded
+            context = (what, self.classes, self.template, self._adapters())
+            return self._text_cache.get(context, [*own, *tower, *self._text_projection()], compute)
 
     def _text_projection(self) -> Iterable[Tensor]:
         module = self.encoder.text_projection if self.encoder.has_text else None
@@ -355,6 +389,14 @@ class Tuner(nn.Module, Pretrained):
                 module.training = mode
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_classes": self.classes}  # a copy made inside a block keeps the block's classes
+
+    def _replicate_for_data_parallel(self) -> Tuner:
+        replica: Tuner = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._classes = self.classes  # it runs in a thread of its own
+        return replica
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tuner:
         """`.half()` and `.to(bfloat16)` reach the CLIP only: prompts stay in full precision (DESIGN decision 5)."""
         for module in self.children():
@@ -398,7 +440,7 @@ class Tuner(nn.Module, Pretrained):
             "kind": "tuner",
             "tuner": {"kind": self.kind, "arguments": self.arguments(), "adapted": bool(self._adapter_layers)},
             "base_classes": list(self.base_classes),
-            "classes": list(self._classes),
+            "classes": list(self.classes),
             "base_model": base_model_record(self.clip, self.tokenizer),
             "preprocessing": {"image_size": list(self.encoder.image_size)},
         }
@@ -452,7 +494,7 @@ class Tuner(nn.Module, Pretrained):
     def extra_repr(self) -> str:
         """What `print(tuner)` shows of it."""
         learned = sum(p.numel() for p in self.trainable_parameters())
-        return f"classes={len(self._classes)}, template={self.template!r}, learned={learned}"
+        return f"classes={len(self.classes)}, template={self.template!r}, learned={learned}"
 
 
 def feature_encoder(model: nn.Module, projection: nn.Module | None = None) -> DualEncoder:

@@ -6,6 +6,7 @@ and versions). While any parameter needs a gradient nothing is cached, because e
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 ENTRIES = 8
 """Class lists kept; the oldest goes first."""
+_CHANGING = threading.Lock()
 
 Value = TypeVar("Value")
 
@@ -43,7 +45,8 @@ class TextCache:
 
     def clear(self) -> None:
         """Forgets everything."""
-        self._entries.clear()
+        with _CHANGING:
+            self._entries.clear()
 
     def __getstate__(self) -> dict[str, object]:
         return {"_entries": {}}  # copies and pickles start empty: identities of parameters mean nothing there
@@ -54,9 +57,10 @@ def remembered(entries: dict[Hashable, Value], key: Hashable, make: Callable[[],
     value = entries.get(key)
     if value is None:
         value = make()
-        while len(entries) >= ENTRIES:
-            entries.pop(next(iter(entries)), None)
-        entries[key] = value
+        with _CHANGING:  # other threads may be adding theirs
+            while len(entries) >= ENTRIES:
+                entries.pop(next(iter(entries)), None)
+            entries[key] = value
     return value
 
 

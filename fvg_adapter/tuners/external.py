@@ -148,7 +148,8 @@ class External(Tuner):
 
     def _asked(self, what: str, function: TextFunction, name: str, width: int | None) -> Tensor:
         def compute() -> Tensor:
-            return self._unit(function(self._classes), len(self._classes), name, width)
+            names = self.classes
+            return self._unit(function(names), len(names), name, width)
 
         return compute() if self.model is None else self._cached(what, self.model.parameters(), compute)
 
@@ -184,7 +185,7 @@ class External(Tuner):
             "kind": "tuner",
             "tuner": {"kind": self.kind, "arguments": self.arguments()},
             "base_classes": list(self.base_classes),
-            "classes": list(self._classes),
+            "classes": list(self.classes),
             "base_model": {"id": "local", "revision": None, "path": None, "fingerprint": {}},
         }
 

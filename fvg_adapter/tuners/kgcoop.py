@@ -72,7 +72,7 @@ class KgCoOp(CoOp):
 
         def encode() -> Tensor:
             with untouched():
-                return F.normalize(self._encode(self._teacher_prompts(self._classes)), dim=-1)
+                return F.normalize(self._encode(self._teacher_prompts(self.classes)), dim=-1)
 
         return self._cached("teacher", (), encode)
 

@@ -236,11 +236,8 @@ class MMRL(Tuner):
 
     # -- training --------------------------------------------------------------------------------------------------
 
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        features: Mapping[str, Tensor] | None = None,
+    def _scored(
+        self, pixel_values: Tensor | None, labels: Tensor | None, features: Mapping[str, Tensor] | None
     ) -> TunerOutput:
         """The fused scores of both heads, and the four losses when labels are given; the frozen CLIP runs only then."""
         if pixel_values is None or features is not None:
@@ -251,7 +248,7 @@ class MMRL(Tuner):
         logits = self.scores(self._fused(main, rep), text)  # (B, C)
         if labels is None:
             return TunerOutput(logits=logits)
-        check_labels(labels, len(self._classes), len(logits))
+        check_labels(labels, len(self.classes), len(logits))
         plain = self.prior_image_features(pixel_values), self.prior_text_features()
         losses = {
             "ce_main": self._alpha * F.cross_entropy(self.scores(main, text), labels),

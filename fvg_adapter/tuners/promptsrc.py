@@ -220,18 +220,15 @@ class PromptSRC(Tuner):
             with untouched():
                 total: Any = 0.0
                 for template in self._teacher_templates:  # one after the other: (templates, C, D) would be gigabytes
-                    total = total + self._encode(self.tokenized([fill(template, c) for c in self._classes]))
+                    total = total + self._encode(self.tokenized([fill(template, c) for c in self.classes]))
                 return F.normalize(total / len(self._teacher_templates), dim=-1)  # (C, D)
 
         return self._cached("teacher", (), encode)
 
     # -- training --------------------------------------------------------------------------------------------------
 
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        features: Mapping[str, Tensor] | None = None,
+    def _scored(
+        self, pixel_values: Tensor | None, labels: Tensor | None, features: Mapping[str, Tensor] | None
     ) -> TunerOutput:
         """Class scores, and the four losses when labels are given; the frozen CLIP runs only then."""
         image = self._image_input(pixel_values, features)
@@ -239,7 +236,7 @@ class PromptSRC(Tuner):
         logits = self.scores(image, text)  # (B, C)
         if labels is None:
             return TunerOutput(logits=logits)
-        check_labels(labels, len(self._classes), len(logits))
+        check_labels(labels, len(self.classes), len(logits))
         frozen = image.detach()
         if self.changes_images:
             assert pixel_values is not None  # features are refused then

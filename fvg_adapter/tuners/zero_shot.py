@@ -94,7 +94,8 @@ class ZeroShot(Tuner):
             order = {name: row for row, name in enumerate(self._given or ())}
             return F.normalize(full_precision(features[[order[c] for c in self.classes]]), dim=-1)
 
-        return self._text_cache.get(("given", self._classes), [features], chosen)
+        with self.one_class_list():
+            return self._text_cache.get(("given", self.classes), [features], chosen)
 
 
 def _check_given(classes: Mapping[str, Tensor], encoder: DualEncoder) -> dict[str, Tensor]:
