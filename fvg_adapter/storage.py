@@ -114,7 +114,8 @@ class Pretrained:
             with replacing(target) as folder:
                 hashes = {}
                 for name, tensors in self.pretrained_tensors().items():
-                    data = save({k: _portable(v) for k, v in tensors.items()}, metadata={"format": "pt"})
+                    metadata = {"format": "pt"} if tensors else None  # safetensors 0.4.3 writes no JSON for it alone
+                    data = save({k: _portable(v) for k, v in tensors.items()}, metadata=metadata)
                     (folder / name).write_bytes(data)  # save_file would make it readable by its owner alone
                     hashes[name] = sha256_of(folder / name)
                 self.save_beside(folder)

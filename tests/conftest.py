@@ -50,6 +50,12 @@ def tokenizer() -> Any:
     return CLIPTokenizer.from_pretrained(GOLDEN / "tokenizer")
 
 
+def checkpoint_activations(model: CLIPModel, *, use_reentrant: bool) -> None:
+    """Switches gradient checkpointing on, by the name that this transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
 @pytest.fixture
 def golden_clip() -> CLIPModel:
     """The tiny random CLIP of golden/: three different widths, logit scale 29.976."""

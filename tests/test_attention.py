@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
+from conftest import checkpoint_activations
 from fvg_adapter import attention, attention_kernels
 from fvg_adapter.attention import AttentionProbe, pooling_attention, record_attention
 from fvg_adapter.errors import FVGError
@@ -280,7 +281,7 @@ def test_differentiable_equals_eager_autograd() -> None:
 def test_gradient_checkpointing_is_exact(inside: bool) -> None:
     clip, pixels = make_clip(), images().requires_grad_()
     expected = expected_gradients(clip, pixels)
-    clip.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_activations(clip, use_reentrant=False)
     clip.train()
     with record_attention(clip, "all", differentiable=True) as record:
         clip.vision_model(pixel_values=pixels)
@@ -294,7 +295,7 @@ def test_gradient_checkpointing_is_exact(inside: bool) -> None:
 def test_reentrant_checkpointing_is_refused_and_can_be_switched_off_for_the_layers() -> None:
     clip, pixels = make_clip(), images().requires_grad_()
     expected = expected_gradients(clip, pixels)
-    clip.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint_activations(clip, use_reentrant=True)
     clip.train()
     with record_attention(clip, "all", differentiable=True) as record:
         clip.vision_model(pixel_values=pixels)
@@ -316,7 +317,7 @@ def test_reentrant_checkpointing_is_refused_and_can_be_switched_off_for_the_laye
 def test_recomputation_does_not_overwrite_the_last_forward(reentrant: bool, differentiable: bool) -> None:
     clip, first, second = make_clip(), images().requires_grad_(), images(batch=2).requires_grad_()
     expected = oracle(clip, second)
-    clip.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpoint_activations(clip, use_reentrant=reentrant)
     clip.train()
     with record_attention(clip, "all", differentiable=differentiable) as record:
         outputs = [clip.vision_model(pixel_values=x).pooler_output for x in (first, second)]

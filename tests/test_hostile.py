@@ -124,13 +124,13 @@ def spoiled_safetensors(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 OPCODES = [
-    b"]", b"}", b")", b"(", b"t", b"\x85", b"\x86", b"\x87", b"a", b"e", b"s", b"u", b"b", b"R", b"Q", b"0", b"2", b"1",
-    b"N", b"\x88", b"K\x01", b"M\xff\xff", b"J\xff\xff\xff\x7f", b"h\x00", b"h\x01", b"q\x00", b"q\x01", b"q\x02",
-    b".",     b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n", b"cos\nsystem\n", b"cbuiltins\nexec\n",
-    b"cbuiltins\neval\n", b"ctorch\nFloatStorage\n", b"X\x03\x00\x00\x00ctx", b"X\x07\x00\x00\x00storage",
-    b"\x8a\x01\x01",     b"ctorch.optim.sgd\nSGD\n", b"cdassl.optim.lr_scheduler\nConstantWarmupScheduler\n", b"c_codecs\nencode\n",
-    b"\x81", b"ctorch\nSize\n", b"cnumpy.core.multiarray\nscalar\n", b"ctorch.serialization\nload\n",
-    b"X\x01\x00\x00\x000",
+    b"]", b"}", b")", b"(", b"t", b"\x85", b"\x86", b"\x87", b"a", b"e", b"s", b"u", b"b", b"R", b"Q", b"0", b"2",
+    b"1", b"N", b"\x88", b"K\x01", b"M\xff\xff", b"J\xff\xff\xff\x7f", b"h\x00", b"h\x01", b"q\x00", b"q\x01",
+    b"q\x02", b".", b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n", b"cos\nsystem\n",
+    b"cbuiltins\nexec\n", b"cbuiltins\neval\n", b"ctorch\nFloatStorage\n", b"X\x03\x00\x00\x00ctx",
+    b"X\x07\x00\x00\x00storage", b"\x8a\x01\x01", b"ctorch.optim.sgd\nSGD\n",
+    b"cdassl.optim.lr_scheduler\nConstantWarmupScheduler\n", b"c_codecs\nencode\n", b"\x81", b"ctorch\nSize\n",
+    b"cnumpy.core.multiarray\nscalar\n", b"ctorch.serialization\nload\n", b"X\x01\x00\x00\x000",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from conftest import checkpoint_activations
 from fvg_adapter import FVGConfig, wrap
 from fvg_adapter.tuners import MMRL, CoOp, KgCoOp, LoRA, PromptSRC, Tuner, ZeroShot, encoding
 
@@ -129,7 +130,7 @@ def test_the_users_checkpointing_goes_first(
 ) -> None:
     tuner = MAKERS[kind](small_clip, tokenizer)
     expected = step(tuner, pixels)
-    small_clip.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpoint_activations(small_clip, use_reentrant=reentrant)
     tuner.text_memory = 1
     rows: list[int] = []
     small_clip.text_model.register_forward_pre_hook(lambda m, a, k: rows.append(len(k["input_ids"])), with_kwargs=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel
 
+from conftest import checkpoint_activations
 from fvg_adapter import FVGConfig, load, unwrap, wrap
 from fvg_adapter.tuners import MMRL, CoOp, KgCoOp, LoRA, PromptSRC, Tuner
 
@@ -198,7 +199,7 @@ def test_gradient_checkpointing(
 ) -> None:
     twin = copy.deepcopy(small_clip)
     expected = gradients(made(kind, small_clip, tokenizer), pixels)
-    twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpoint_activations(twin, use_reentrant=reentrant)
     calls = counted(twin)
     tuner = made(kind, twin, tokenizer)
     actual = gradients(tuner, pixels, thread)
@@ -216,7 +217,7 @@ def test_checkpointing_with_another_tuner_on_the_clip(
     """Layers that are computed again during backward see the hooks of the pass that they belong to."""
     first = "mmrl" if second == "promptsrc" else "promptsrc"
     expected = gradients(made(first, copy.deepcopy(small_clip), tokenizer), pixels)
-    small_clip.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_activations(small_clip, use_reentrant=False)
     tuner = made(first, small_clip, tokenizer)
     made(second, small_clip, tokenizer, seed=1)
     for ours, theirs in zip(gradients(tuner, pixels, thread=True), expected, strict=True):
