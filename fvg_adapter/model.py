@@ -258,15 +258,15 @@ class FVGModel(nn.Module, Pretrained):
         return self.tuner.scores(self.visual_adapter(self._cast(image)), self.text_adapter(text))
 
     def _prior_logits(self, views: Views) -> Tensor:
-        """z_CLIP (B, C)."""
+        """z_CLIP (B, C); scored, not learned from, it keeps a graph to pixels that ask for gradients."""
         assert views.prior is not None
-        with torch.no_grad():
+        with torch.no_grad() if self.training else contextlib.nullcontext():
             return self._logits(views.prior, self._cast(self.tuner.prior_text_features()))
 
     def _calibrate(self, image: Tensor, text: Tensor, z_prior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z_full of the new branch (B, C), b (B,) and z_PC (B, C)."""
         z_full = self._logits(image, text)
-        if self.config.freeze_tuner:
+        if self.config.freeze_tuner and self.training:
             z_full = z_full.detach()
         cues = L.prior_cues(z_full, z_prior, self.config.temperature)
         prior_trust = torch.sigmoid(self.backbone_gate(cues))
@@ -405,7 +405,7 @@ class FVGModel(nn.Module, Pretrained):
     def _heads(self) -> list[nn.Module]:
         return [getattr(self, name) for name in HEADS]
 
-    def attention_target(self) -> tuple[nn.Module, Callable[[int], int]]:
+    def attention_target(self) -> tuple[nn.Module, Callable[[int], int], Callable[[], bool]]:
         """For `record_attention`: what the tuner says."""
         return self.tuner.attention_target()
 

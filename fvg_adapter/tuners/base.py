@@ -26,7 +26,7 @@ from fvg_adapter.towers import DualEncoder
 from fvg_adapter.tuners.adapters import adapter_layers, adapter_state, adapts_images, without_adapter
 from fvg_adapter.tuners.cache import TextCache, parameters_of, remembered
 from fvg_adapter.tuners.encoding import encode_in_passes
-from fvg_adapter.tuners.passes import own_pass, untouched
+from fvg_adapter.tuners.passes import is_untouched, own_pass, untouched
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Prompts, check_classes, check_template, fill, tokenize
 
 Self = TypeVar("Self", bound="Tuner")
@@ -321,9 +321,10 @@ class Tuner(nn.Module, Pretrained):
 
     # -- life ------------------------------------------------------------------------------------------------------
 
-    def attention_target(self) -> tuple[nn.Module, Callable[[int], int]]:
-        """For `record_attention`: the model to hook, and where the patches begin in the tokens of a layer."""
-        return self.clip, self.first_patch
+    def attention_target(self) -> tuple[nn.Module, Callable[[int], int], Callable[[], bool]]:
+        """For `record_attention`: the model to hook, where the patches begin in the tokens of a layer, and whether a
+        pass is one of the untouched CLIP, which is not the tuner's."""
+        return self.clip, self.first_patch, is_untouched
 
     def first_patch(self, layer: int) -> int:
         """Index of the first patch token among the tokens that enter layer `layer` (0-based)."""
