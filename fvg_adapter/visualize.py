@@ -103,7 +103,9 @@ def before_after(
             _column(axes[:, column], model, data, index, "base" if data is base_set else "new")
     finally:
         model.train(mode)
-    figure.suptitle("Foreground outlined; attention below; answers of CLIP, the tuner and FVG-PT", fontsize=11)
+    figure.suptitle(
+        "Foreground outlined; the tuner's attention below; answers of CLIP, the tuner and FVG-PT", fontsize=11
+    )
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110)

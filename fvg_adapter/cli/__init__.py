@@ -12,6 +12,7 @@ from fvg_adapter.cli.converting import convert_checkpoint
 from fvg_adapter.cli.evaluating import evaluate_adapter
 from fvg_adapter.cli.informing import describe_adapter
 from fvg_adapter.cli.predicting import predict_images
+from fvg_adapter.cli.showing import show_pictures
 from fvg_adapter.cli.training import train_and_compare
 
 __all__ = ["app", "main"]
@@ -30,6 +31,7 @@ app.command("predict")(predict_images)
 app.command("info")(describe_adapter)
 app.command("convert")(convert_checkpoint)
 app.command("audit")(audit_model)
+app.command("show")(show_pictures)
 
 
 def _version(wanted: bool) -> None:
@@ -54,6 +56,7 @@ def _about(
     fvg-adapter info out/adapter
     fvg-adapter eval out/adapter pets --split test
     fvg-adapter predict out/adapter photo.jpg --classes "tabby cat,beagle"
+    fvg-adapter show out/adapter photo.jpg --output before_after.png
     fvg-adapter audit out/adapter pets --output report
     fvg-adapter convert old/prompt_learner --classes @pets.txt --output new \\
         --model openai/clip-vit-base-patch16

@@ -173,6 +173,11 @@ class Tuner(nn.Module, Pretrained):
         with untouched():
             return self._plain_image_features(pixel_values)
 
+    @property
+    def prior_is_clip(self) -> bool:
+        """Whether the prior is the CLIP at hand, so that one can see where it looks."""
+        return True
+
     def prior_text_features(self) -> Tensor:
         """The plain CLIP's text features g_CLIP (C, D) of the template with each class name, without gradient."""
 
