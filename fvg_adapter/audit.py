@@ -10,6 +10,7 @@ Beside it: D_fg, and the share of attention and of class relevance inside the ma
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -116,8 +117,9 @@ class Audit:
         return sorted(self.pictures, key=lambda p: -p.lean)[:count]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, of types that JSON has."""
-        return {"format": "fvg_adapter audit 1", **asdict(self)}
+        """Everything, of types that JSON has: what is unknown (NaN) becomes None."""
+        record: dict[str, Any] = _known({"format": "fvg_adapter audit 1", **asdict(self)})
+        return record
 
 
 def audit(
@@ -354,6 +356,14 @@ def _leaning(differences: Tensor) -> tuple[float, float]:
         return lean, float("nan")
     error = float((differences.var() / len(differences)).sqrt())
     return lean, lean / max(error, SMALLEST_ERROR)
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _known(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_known(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mean(values: list[float]) -> float:

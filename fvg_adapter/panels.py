@@ -28,6 +28,8 @@ from fvg_adapter.tuners.base import Tuner
 from fvg_adapter.tuners.passes import untouched
 from fvg_adapter.visualize import overlay
 
+SIDE = 320
+"""Pixels of a drawn picture, at least."""
 MAPS: tuple[str, ...] = ("relevance", "attention", "rollout")
 _SAME = (
     "Prompts of the text tower leave CLIP's as it is, and the heads of FVG-PT the tuner's: relevance tells them apart."
@@ -195,12 +197,13 @@ def draw(
         lines = [] if panel.area is None else [f"mask: {100 * panel.area:.0f} % of the picture"]
         gates = {"r": panel.foreground_trust, "b": panel.prior_trust}
         lines += [", ".join(f"{k} = {v:.2f}" for k, v in gates.items() if v is not None)]
-        shown.append((overlay(panel.pixels, None, panel.mask, mean=mean, std=std), heading, "\n".join(lines), "black"))
+        style: dict[str, Any] = {"mean": mean, "std": std, "side": SIDE}
+        shown.append((overlay(panel.pixels, None, panel.mask, **style), heading, "\n".join(lines), "black"))
         for view in panel.views:
             colour = "black" if labels is None else "#1b6e3c" if view.answer == labels[row] else "#b3261e"
             text = f"{view.answer}, {100 * view.probability:.0f} %"
             text += "" if view.inside is None else f"\n{100 * view.inside:.0f} % inside the mask"
-            shown.append((overlay(panel.pixels, view.map, panel.mask, mean=mean, std=std), view.name, text, colour))
+            shown.append((overlay(panel.pixels, view.map, panel.mask, **style), view.name, text, colour))
         for axis, (picture, title, text, colour) in zip(axes[row], shown, strict=True):
             axis.imshow(picture)
             axis.set_title(title, fontsize=10, wrap=True)
