@@ -441,3 +441,18 @@ def projected(attention: nn.Module, name: str, hidden: Tensor) -> Tensor:
     name, _, part = name.rstrip("]").partition("[")
     output: Tensor = at(attention, name)(hidden)
     return output.chunk(3, dim=-1)[int(part)] if part else output
+
+
+def linear_weight(attention: nn.Module, name: str) -> Tensor | None:
+    """The weight (D, width) of a projection that is a plain linear map now, or None.
+
+    LoRA, quantised layers, weights that are elsewhere until the layer runs, and hooks of others make it another map.
+    """
+    name, _, part = name.rstrip("]").partition("[")
+    module = at(attention, name)
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return None
+    if module._forward_hooks or module._forward_pre_hooks or module.weight.is_meta:
+        return None
+    weight: Tensor = module.weight
+    return weight.chunk(3)[int(part)] if part else weight
