@@ -166,7 +166,8 @@ def record_attention(
             (LLaVA, CLIPSegForImageSegmentation, also in a PeftModel) the one tower in it.
         layers: encoder layers to read, 0-based, negative from the end; one number, several, or "all". A tower that is
             pooled by an attention head (SigLIP, AIMv2) has no token that looks at the patches in its layers: there the
-            head alone is read, as layer 0 or -1.
+            head alone is read, as layer 0 or -1. Where the head was left out, as in the towers of PaliGemma and
+            Gemma 3, layers are read again: what all patches look at, on average.
         differentiable: keep the graph from the maps to the model's inputs and parameters.
         rollout: follow all layers too, for `record.rollout()`: O(patches²) for each.
         relevance: keep what `record.relevance(score)` needs of these layers.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fvg_adapter.attention_kernels import Seen, heads_of, matrix_of, row_of, values_of
+from fvg_adapter.attention_kernels import Seen, averaged, heads_of, matrix_of, row_of, values_of
 from fvg_adapter.errors import FVGError
 from fvg_adapter.layouts import at
 from fvg_adapter.modes import full_precision
@@ -59,6 +59,7 @@ class Flow:
         self._thread = threading.get_ident()
         self._grid: tuple[int, int] | None = None
         self._followed: Tensor | None = None  # (B, N, patches)
+        self._last: Seen | None = None  # the last layer that was followed
         self._first = 0
         self._outputs: dict[int, tuple[Seen, Tensor, int]] = {}
         layers = [encoder.attention_of(layer) for layer in encoder.vision_layers]
@@ -85,7 +86,7 @@ class Flow:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NONE) -> None:
         if self._mine():
             self._grid = self.encoder.grid_of_call(args, kwargs)
-            self._followed = None
+            self._followed = self._last = None
             self._outputs.clear()
 
     def see(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -110,7 +111,7 @@ class Flow:
             for head in range(heads):
                 mixed += matrix_of(self.encoder.layout, seen, head) @ before
             self._followed = 0.5 * (mixed / heads + before)
-        self._first = first
+        self._first, self._last = first, seen
 
     def _carried(self, before: Tensor | None, seen: Seen, first: int, came_first: int) -> Tensor:
         """What each token that enters a layer holds of each patch (B, N, patches)."""
@@ -130,7 +131,12 @@ class Flow:
         """(B, h, w): the share of each patch in what the pooling token holds at the end."""
         if not self._rollout or self._followed is None or self._grid is None:
             raise FVGError(f"no rollout was recorded; {_UNSEEN}")
-        return self._followed[:, 0].reshape(-1, *self._grid)
+        assert self._last is not None
+        return self._pooled(self._followed, self._last).reshape(-1, *self._grid)
+
+    def _pooled(self, held: Tensor, last: Seen) -> Tensor:
+        """(B, patches): what the token that pools holds; where nothing pools, what tokens hold on average."""
+        return averaged(last, held) if self.encoder.layout.averaged else held[:, 0]
 
     def relevance(self, score: Tensor) -> Tensor:
         """(B, h, w) relevance of the patches to a score, not negative, in units of the score."""
@@ -143,14 +149,16 @@ class Flow:
         with torch.no_grad():
             for position, ((seen, _, first), gradient) in enumerate(zip(entries, gradients, strict=True)):
                 before = self._carried(held, seen, first, came_first)
-                if position == len(entries) - 1:  # of the last one the token that pools is all that matters
+                if (
+                    position == len(entries) - 1 and not self.encoder.layout.averaged
+                ):  # of the last one the token that pools is all that matters
                     row = self._weighted_row(seen, gradient).unsqueeze(1) @ before  # (B, 1, patches)
                     held = row if self._head is not None else before[:, :1] + row
                 else:
                     held = before + self._weighted(seen, gradient) @ before
                 came_first = first
             assert held is not None
-            return held[:, 0].reshape(-1, *self._grid)
+            return self._pooled(held, entries[-1][0]).reshape(-1, *self._grid)
 
     def _weighted(self, seen: Seen, gradient: Tensor) -> Tensor:
         """(B, N, N): attention times its gradient, positive part, mean over heads."""

@@ -98,6 +98,8 @@ class Seen:
 def row_of(layout: Layout, seen: Seen) -> Tensor:
     """(B, heads, N) attention of the token that pools, by the projections that the module has now."""
     module, hidden = seen.module, seen.hidden
+    if layout.averaged:
+        return _mean_row(layout, seen)
     if seen.probe is not None:
         return _probe_row(module, seen)  # type: ignore[arg-type]
     if layout.head == "learned query" and not hasattr(module, layout.query):
@@ -115,6 +117,20 @@ def _row(layout: Layout, seen: Seen, query: Tensor, heads: int, scale: float, bi
     if weight is not None and weight.shape == (query.shape[-1], seen.hidden.shape[-1]):
         return folded_attention(query, weight, seen.hidden, heads, scale, bias)
     return pooling_attention(query, projected(seen.module, layout.key, seen.hidden), heads, scale, bias)
+
+
+def _mean_row(layout: Layout, seen: Seen) -> Tensor:
+    """(B, heads, N): the mean over all tokens that are no padding of what they look at."""
+    rows = [averaged(seen, matrix_of(layout, seen, head)) for head in range(heads_of(layout, seen))]
+    return torch.stack(rows, 1)
+
+
+def averaged(seen: Seen, matrix: Tensor) -> Tensor:
+    """(B, M): the mean of (B, N, M) over tokens that are no padding."""
+    if seen.mask is None:
+        return matrix.mean(1)
+    there = (_additive(seen.mask)[:, 0, 0] > -1e4).to(matrix)  # (B, N)
+    return (there.unsqueeze(1) @ matrix).squeeze(1) / there.sum(1, keepdim=True)
 
 
 def _probe_row(module: nn.MultiheadAttention, seen: Seen) -> Tensor:

@@ -261,11 +261,68 @@ def test_layers_of_a_tower_without_class_token() -> None:
         record_attention(model, [-2]),
     ):
         pass
-    config = model.config.vision_config
-    config.vision_use_head = False
-    headless = transformers.SiglipVisionModel(config)
-    with pytest.raises(TypeError, match="no attention head that pools"), record_attention(headless):
-        pass
+
+
+def headless(kind: str) -> Any:
+    """A vision tower whose pooling head was left out, as larger models have it."""
+    config = families.tiny(kind).config.vision_config
+    torch.manual_seed(0)
+    if kind == "aimv2":
+        config.use_head = False
+        model = transformers.Aimv2VisionModel(config)
+    else:
+        config.vision_use_head = False
+        model = (transformers.SiglipVisionModel if kind == "siglip" else transformers.Siglip2VisionModel)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+    return model.eval()
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize("kind", ["siglip", "siglip2", "aimv2"])
+def test_towers_whose_head_was_left_out(kind: str, padding: int) -> None:
+    """All patches look, on average: attention, rollout and relevance against eager attention and autograd."""
+    if (kind == "aimv2" and "aimv2" not in ALL) or (padding and kind != "siglip2"):
+        return
+    model = headless(kind)
+    values: Any = {"pixel_values": images()}
+    if kind == "siglip2":
+        values = packed(images(), 8)
+        values["pixel_values"] = F.pad(values["pixel_values"], (0, 0, 0, padding), value=0.3)
+        mask = torch.ones(2, 16 + padding)
+        mask[:, 16:] = 0
+        name = (
+            "attention_mask" if "attention_mask" in _parameters(DualEncoder(model).vision) else "pixel_attention_mask"
+        )
+        values[name if DualEncoder(model).vision is model else "pixel_attention_mask"] = mask
+    values["pixel_values"].requires_grad_()
+    model.set_attn_implementation("eager")
+    encoder, weights = DualEncoder(model), []
+    hooks = [
+        encoder.attention_of(x).register_forward_hook(lambda m, a, o: weights.append(o[1]))
+        for x in encoder.vision_layers
+    ]
+    score = model(**values, output_attentions=True).last_hidden_state[:, :16].pow(2).sum((1, 2))
+    for hook in hooks:
+        hook.remove()
+    gradients = torch.autograd.grad(score.sum(), weights)
+    n = weights[0].shape[-1]
+    rollout = relevance = torch.eye(n)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        rollout = (0.5 * weight.mean(1) + 0.5 * torch.eye(n)) @ rollout
+        relevance = relevance + (weight * gradient).relu().mean(1) @ relevance
+    model.set_attn_implementation("sdpa")
+    with record_attention(model, "all", rollout=True, relevance=True) as record:
+        again = model(**values).last_hidden_state[:, :16].pow(2).sum((1, 2))
+        found = record.relevance(again)
+    expected = torch.stack([w[:, :, :16, :16].mean(2) for w in weights], 1).unflatten(-1, (4, 4))
+    torch.testing.assert_close(record.attention(), expected.detach(), atol=1e-5, rtol=0)
+    grid = [x[:, :16, :16].mean(1).unflatten(-1, (4, 4)).detach() for x in (rollout, relevance)]
+    torch.testing.assert_close(record.rollout(), grid[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found, grid[1], atol=1e-4 * float(grid[1].max()), rtol=1e-3)
+    assert expected.std() > 1e-3
 
 
 @pytest.mark.parametrize("family", ALL)
