@@ -36,7 +36,7 @@ class Layout:
         leading_tokens: tokens before the first patch; where a class token pools, it is number 0.
         registers: attribute of the vision config that counts register tokens between class token and patches.
         head: what pools where no class token does; head_path: the way from the vision tower to it.
-        averaged: whether nothing pools, since the pooling head was left out (as in the towers of PaliGemma and Gemma 3):
+        averaged: whether nothing pools, since the pooling head was left out (as in those of PaliGemma and Gemma 3):
             what the patches look at on average stands for what a pooling token looks at.
         packed: whether the tower takes patches (B, N, 3·p²) with their grids instead of pixels.
         video: whether images are only frames of what the model encodes; it then gives attention and no features.
