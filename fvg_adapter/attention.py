@@ -229,7 +229,6 @@ def _tower_in(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module) or _has_tower(unwrap_peft(model)):
         return model
-    model = unwrap_peft(model)
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if not any(name.startswith(f"{outer}.") for outer in found) and _has_tower(module):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fvg_adapter import FVGModel, record_attention, wrap
+from fvg_adapter import losses as L
 from fvg_adapter.attention import AttentionProbe
 from fvg_adapter.errors import FVGError
 from fvg_adapter.towers import DualEncoder
@@ -222,13 +223,21 @@ def test_relevance_of_the_new_branch_is_that_of_autograd(tokenizer: Any) -> None
     encoder.vision.config._attn_implementation = "eager"
     kept: list[Tensor] = []
     last = encoder.attention_of(encoder.vision_layers[-1])
-    with model.use_classes(["fox", "owl"]), record_attention(model, relevance=True) as record:
+    with model.use_classes(["fox", "owl"]):
         handle = last.register_forward_hook(lambda m, a, o: kept.append(o[1]))
-        logits = model(images().requires_grad_()).logits
+        features = model.tuner.image_features(images().requires_grad_())
         handle.remove()
-        gradient = torch.autograd.grad(logits[:, 0].sum(), kept[0], retain_graph=True)[0]
-        expected = (gradient * kept[0]).relu().mean(1)[:, 0, 1:].reshape(2, 4, 4)
-        torch.testing.assert_close(record.relevance(logits[:, 0]), expected.detach(), atol=1e-5, rtol=1e-3)
+        full = model.tuner.scores(features, model.tuner.text_features())
+        prior = model.tuner.scores(features, model.tuner.prior_text_features())
+        b = torch.sigmoid(model.backbone_gate(L.prior_cues(full, prior, model.config.temperature)))
+        logits = (1 - b[:, None]) * full + b[:, None] * prior
+        gradient = torch.autograd.grad(logits[:, 0].sum(), kept[0])[0]
+        with record_attention(model, relevance=True) as record:
+            again = model(images().requires_grad_()).logits
+            found = record.relevance(again[:, 0])
+    torch.testing.assert_close(again, logits)
+    expected = (gradient * kept[0]).relu().mean(1)[:, 0, 1:].reshape(2, 4, 4).detach()
+    torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.max()), rtol=1e-3)
 
 
 def test_training_reaches_no_tuner_through_the_new_branch(tokenizer: Any) -> None:
