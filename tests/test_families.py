@@ -132,6 +132,24 @@ def test_wrap_trains_the_heads_and_gives_the_model_back(family: str, tokenizer: 
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", [ZeroShot, CoOp, KgCoOp])
+@pytest.mark.parametrize("family", ["siglip", "siglip2"])
+@torch.no_grad()
+def test_the_bias_reaches_every_branch_and_no_answer(family: str, kind: Any, tokenizer: Any) -> None:
+    model = families.tiny(family)
+    model.logit_bias.fill_(-7.25)
+    tuner = kind(model, tokenizer, NAMES)
+    wrapped = wrap(tuner).eval()
+    wrapped.visual_adapter.up.weight.zero_()
+    wrapped.text_adapter.up.weight.zero_()
+    cosines = tuner.image_features(images()) @ tuner.text_features().T
+    expected = model.logit_scale.exp() * cosines - 7.25
+    for branch in ("base", "new"):  # where nothing is learned yet both are the tuner's
+        torch.testing.assert_close(wrapped(images(), branch=branch).logits, expected, atol=1e-3, rtol=1e-5)
+    joint = wrapped(images(), branch="joint").logits
+    torch.testing.assert_close(joint, expected.log_softmax(-1), atol=1e-3, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [CoOp, KgCoOp, PromptSRC])
 @pytest.mark.parametrize("family", WITH_TEXT)
 def test_prompts_learn_in_every_text_tower(family: str, kind: Any, tokenizer: Any) -> None:
@@ -369,17 +387,8 @@ CLASS_TOKEN = [name for name in WITH_TEXT if name not in ("siglip", "siglip2")]
 def scored(model: nn.Module, tokenizer: Any, kept: list[Any]) -> Tensor:
     """(B, C) logits of a frozen ZeroShot, with the tower's own eager attention weights of that pass, in its graph."""
     tuner = ZeroShot(model, tokenizer, NAMES)
-    tower: Any = tuner.encoder.vision
-    plain = tower.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        output = plain(*args, **{**kwargs, "output_attentions": True})
-        kept.append(output.attentions)
-        return output
-
-    tower.forward = forward
-    logits = tuner(images().requires_grad_()).logits
-    del tower.forward
+    with families.giving_weights(tuner.encoder.vision, kept):
+        logits = tuner(images().requires_grad_()).logits
     tuner.detach()
     return logits
 
@@ -394,7 +403,7 @@ def test_class_relevance_is_that_of_autograd(family: str, layers: Any, tokenizer
     first = DualEncoder(model).leading_tokens
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.set_attn_implementation("sdpa" if family not in ("flava", "blip") else "eager")
+        families.use(model, "sdpa" if family not in ("flava", "blip") else "eager")
     tuner = ZeroShot(model, tokenizer, NAMES)
     with record_attention(tuner, layers, relevance=True) as record:
         again = tuner(images().requires_grad_()).logits

@@ -221,22 +221,21 @@ def test_relevance_of_the_new_branch_is_that_of_autograd(tokenizer: Any) -> None
     model = fvg(CoOp, tokenizer)
     encoder = model.tuner.encoder
     encoder.vision.config._attn_implementation = "eager"
-    kept: list[Tensor] = []
-    last = encoder.attention_of(encoder.vision_layers[-1])
+    kept: list[Any] = []
     with model.use_classes(["fox", "owl"]):
-        handle = last.register_forward_hook(lambda m, a, o: kept.append(o[1]))
-        features = model.tuner.image_features(images().requires_grad_())
-        handle.remove()
+        with families.giving_weights(encoder.vision, kept):
+            features = model.tuner.image_features(images().requires_grad_())
+        weights = kept[0][-1]  # (B, heads, N, N)
         full = model.tuner.scores(features, model.tuner.text_features())
         prior = model.tuner.scores(features, model.tuner.prior_text_features())
         b = torch.sigmoid(model.backbone_gate(L.prior_cues(full, prior, model.config.temperature)))
         logits = (1 - b[:, None]) * full + b[:, None] * prior
-        gradient = torch.autograd.grad(logits[:, 0].sum(), kept[0])[0]
+        gradient = torch.autograd.grad(logits[:, 0].sum(), weights)[0]
         with record_attention(model, relevance=True) as record:
             again = model(images().requires_grad_()).logits
             found = record.relevance(again[:, 0])
     torch.testing.assert_close(again, logits)
-    expected = (gradient * kept[0]).relu().mean(1)[:, 0, 1:].reshape(2, 4, 4).detach()
+    expected = (gradient * weights).relu().mean(1)[:, 0, 1:].reshape(2, 4, 4).detach()
     torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.max()), rtol=1e-3)
 
 
