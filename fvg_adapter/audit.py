@@ -25,7 +25,7 @@ from fvg_adapter.data import collate
 from fvg_adapter.errors import FVGError
 from fvg_adapter.features import attention_in_mask
 from fvg_adapter.foreground import foreground_view, mask_area, prepare_mask, usable_mask
-from fvg_adapter.model import FVGModel
+from fvg_adapter.model import FVGModel, answer_score
 from fvg_adapter.tuners.base import Tuner, check_labels
 
 SMALLEST_ERROR = 1e-6
@@ -194,9 +194,9 @@ def _batch(model: FVGModel | Tuner, items: Any, layers: Any, relevance: bool, ou
     pixels, mask = _on(tuner, items)
     area = mask_area(mask)
     with record_attention(model, layers, relevance=relevance) as record, torch.set_grad_enabled(relevance):
-        whole = model(pixels.clone().requires_grad_(relevance)).logits
-        answer = whole.argmax(-1)
-        relevant = record.relevance(whole.gather(1, answer[:, None])[:, 0]) if relevance else None
+        output = model(pixels.clone().requires_grad_(relevance))
+        whole = output.logits
+        relevant = record.relevance(answer_score(model, output)) if relevance else None
     attention = record.attention().mean((1, 2))  # (B, h, w)
     views = [foreground_view(pixels, part, outside=outside, **normal) for part in (mask, 1 - boxes(mask))]
     foreground, background = (model(view).logits for view in views)

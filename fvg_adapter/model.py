@@ -387,6 +387,21 @@ class FVGModel(nn.Module, Pretrained):
         ]
         return rows[0] if single else rows
 
+    def class_logits(self, output: FVGOutput) -> Tensor:
+        """What class relevance should ask about: (B, C) each class's logit in the branch that is made for it.
+
+        Of branches "base" and "new" these are the output's logits. Those of "joint" are log-probabilities, whose
+        gradient is gone where the model is sure; base classes have their z_FDC here, new ones their z_PC.
+
+        Args:
+            output: of this model, with its present classes.
+        """
+        assert output.logits is not None
+        if output.logits_base is None or output.logits_new is None:
+            return output.logits
+        is_base = torch.tensor(self._is_base(), device=output.logits.device)
+        return torch.where(is_base, output.logits_base, output.logits_new)
+
     def status(self) -> Status:
         """What is attached, what learns, what is frozen."""
         counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
@@ -501,3 +516,9 @@ class FVGModel(nn.Module, Pretrained):
             raise
         model.wraps_clip = type(tuner) is ZeroShot
         return model.eval()
+
+
+def answer_score(model: FVGModel | Tuner, output: Any) -> Tensor:
+    """(B,) the logit of each picture's answer, in the branch made for it, with its graph: for class relevance."""
+    logits = model.class_logits(output) if isinstance(model, FVGModel) else output.logits
+    return logits.gather(1, output.logits.argmax(-1, keepdim=True))[:, 0]

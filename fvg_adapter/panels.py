@@ -22,7 +22,7 @@ from fvg_adapter.config import CLIP_MEAN, CLIP_STD
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.features import attention_in_mask
 from fvg_adapter.foreground import attention_mask_from_map, mask_area, prepare_mask
-from fvg_adapter.model import FVGModel
+from fvg_adapter.model import FVGModel, answer_score
 from fvg_adapter.modes import full_precision
 from fvg_adapter.tuners.base import Tuner
 from fvg_adapter.tuners.passes import untouched
@@ -48,7 +48,8 @@ class View:
 
     Attributes:
         name: "CLIP", the tuner's kind, or "FVG-PT". answer: the most probable class; probability: its, in [0, 1].
-        map: (h, w) float32, not negative. inside: share of the map inside the mask; None without a mask.
+        map: (h, w) float32, not negative. inside: share of the map inside the mask; None without a
+            mask, or where the map is empty.
     """
 
     name: str
@@ -125,7 +126,8 @@ def look(
         views = []
         for name, logits, found in seen:
             chances = logits[i].softmax(-1)
-            inside = None if mask is None else float(attention_in_mask(found[i : i + 1], mask[i : i + 1]))
+            share = None if mask is None else float(attention_in_mask(found[i : i + 1], mask[i : i + 1]))
+            inside = share if bool(found[i].any()) else None  # nothing spoke for the answer
             best = int(chances.argmax())
             views.append(View(name, names[best], float(chances[best]), found[i].cpu(), inside))
         numbers = [None if value is None else float(value[i]) for value in (trust, prior_trust, area)]
@@ -260,19 +262,25 @@ def _inputs(model: FVGModel | Tuner, tuner: Tuner, pictures: Any, masks: Any) ->
     return pixels, (torch.stack([item["foreground_mask"] for item in items]).to(device) > 0.5).float()
 
 
-def _looked(model: nn.Module, pixels: Tensor, maps: str, layers: Any) -> tuple[Tensor, Tensor]:
+def _looked(model: FVGModel | Tuner, pixels: Tensor, maps: str, layers: Any) -> tuple[Tensor, Tensor]:
     """Logits (B, C), and the map of each picture (B, h, w)."""
-    return _recorded(model, pixels, maps, layers, lambda x: model(x).logits)
+
+    def logits(x: Tensor) -> tuple[Tensor, Tensor]:
+        output = model(x)
+        return output.logits, answer_score(model, output)
+
+    return _recorded(model, pixels, maps, layers, logits)
 
 
 def _plain(tuner: Tuner, pixels: Tensor, maps: str, layers: Any) -> tuple[Tensor, Tensor]:
     """The same of plain CLIP."""
     text = tuner.prior_text_features()
 
-    def logits(x: Tensor) -> Tensor:
+    def logits(x: Tensor) -> tuple[Tensor, Tensor]:
         with untouched(gradients=torch.is_grad_enabled()):
             features = F.normalize(full_precision(tuner.encoder.image_features(x)), dim=-1)
-            return tuner.scores(features, text)
+            found = tuner.scores(features, text)
+            return found, found.max(-1).values
 
     return _recorded(tuner.clip, pixels, maps, layers, logits)
 
@@ -283,9 +291,9 @@ def _recorded(model: nn.Module, pixels: Tensor, maps: str, layers: Any, logits_o
         record_attention(model, layers, rollout=maps == "rollout", relevance=relevance) as record,
         torch.set_grad_enabled(relevance),
     ):
-        logits = logits_of(pixels.clone().requires_grad_(relevance))
+        logits, score = logits_of(pixels.clone().requires_grad_(relevance))
         if relevance:
-            found = record.relevance(logits.max(-1).values)
+            found = record.relevance(score)
         else:
             found = record.rollout() if maps == "rollout" else record.attention().mean((1, 2))
     return logits.detach(), found.detach()

@@ -14,7 +14,7 @@ import torch
 
 from fvg_adapter.attention import record_attention
 from fvg_adapter.audit import Audit, ClassAudit, PictureAudit
-from fvg_adapter.model import FVGModel
+from fvg_adapter.model import FVGModel, answer_score
 from fvg_adapter.tuners.base import Tuner
 from fvg_adapter.visualize import overlay
 
@@ -154,8 +154,8 @@ def _figure(row: PictureAudit, model: FVGModel | Tuner, dataset: Any, relevance:
         torch.set_grad_enabled(relevance),
         record_attention(model, relevance=relevance) as record,
     ):
-        logits = model(pixels.clone().requires_grad_(relevance)).logits
-        relevant = [record.relevance(logits.max(-1).values)[0]] if relevance else []
+        output = model(pixels.clone().requires_grad_(relevance))
+        relevant = [record.relevance(answer_score(model, output))[0]] if relevance else []
     attention = record.attention().mean((1, 2))[0]
     config = getattr(model, "config", None)
     normal = {} if config is None else {"mean": config.image_mean, "std": config.image_std}

@@ -76,6 +76,26 @@ def test_views_are_those_of_the_models_alone(
     assert torch.equal(clip, tuned) == (kind is CoOp and maps != "relevance")
 
 
+@pytest.mark.parametrize("kind", [CoOp, MMRL])
+def test_relevance_of_joint_answers_asks_the_branch_of_the_answer(
+    kind: Any, small_clip: CLIPModel, tokenizer: Any, pixels: Tensor
+) -> None:
+    """A log-probability has no gradient where it is all but 0: one class of each group is sure of itself."""
+    model = made(kind, small_clip, tokenizer)
+    names = ["cat", "fox"]
+    found = look(model, pixels, classes=names)
+    branches = set()
+    for i, panel in enumerate(found):
+        view = panel.views[-1]
+        branch = "base" if view.answer == "cat" else "new"
+        branches.add(branch)
+        with model.use_classes(names), record_attention(model, relevance=True) as record:
+            logits = model(pixels[i : i + 1].clone().requires_grad_(), branch=branch).logits
+            expected = record.relevance(logits[:, names.index(view.answer)])[0]
+        torch.testing.assert_close(view.map, expected, atol=1e-4, rtol=1e-3)
+        assert expected.max() > 0
+
+
 def test_plain_clip_is_seen_as_if_nothing_were_attached(small_clip: CLIPModel, tokenizer: Any, pixels: Tensor) -> None:
     plain = ZeroShot(small_clip, tokenizer, NAMES)
     expected = look(plain, pixels)
