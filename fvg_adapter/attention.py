@@ -22,12 +22,13 @@ from fvg_adapter.attention_kernels import Seen, pooling_attention
 from fvg_adapter.attention_maps import AttentionRecord
 from fvg_adapter.errors import FVGError
 from fvg_adapter.layouts import layout_of, vision_tower
-from fvg_adapter.towers import DualEncoder
+from fvg_adapter.towers import DualEncoder, unwrap_peft
 
 __all__ = ["AttentionProbe", "AttentionRecord", "pooling_attention", "record_attention"]
 
 Layers = int | str | Iterable[int]
 FirstPatch = Callable[[int], int]
+Skip = Callable[[], bool]
 Kwargs = Mapping[str, Any]
 _NONE: Kwargs = MappingProxyType({})
 """What a pass of another thread hands over while this one attaches or removes a hook: torch does so in two steps, and
@@ -45,6 +46,7 @@ class AttentionProbe:
         layers: encoder layers to read, 0-based, negative from the end; one number, several, or "all".
         first_patch: index of the first patch token among the tokens that enter a layer (0-based), asked at every
             forward; the layout's number of leading tokens when None.
+        skip: asked at every forward whether it does not count: a tuner's passes through its untouched CLIP do not.
 
     Raises:
         FVGError: no such layer.
@@ -58,12 +60,16 @@ class AttentionProbe:
     """
 
     def __init__(
-        self, encoder: DualEncoder | nn.Module, layers: Layers = (-1,), first_patch: FirstPatch | None = None
+        self,
+        encoder: DualEncoder | nn.Module,
+        layers: Layers = (-1,),
+        first_patch: FirstPatch | None = None,
+        skip: Skip | None = None,
     ) -> None:
         self.encoder: DualEncoder = encoder if isinstance(encoder, DualEncoder) else DualEncoder(encoder)
         pooling = self.encoder.pooling_attention
         self.layers: tuple[int, ...] = _resolve(layers, len(pooling), self.encoder.layout.head is not None)
-        self._first_patch = first_patch
+        self._first_patch, self._skip = first_patch, skip
         modules = [pooling[layer] for layer in self.layers]
         self._handles = [self.encoder.vision_embeddings.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for position, module in enumerate(modules):
@@ -105,7 +111,8 @@ class AttentionProbe:
         return len(self._handles)
 
     def _active(self) -> list[AttentionRecord]:
-        return [record for probe, record in _THREAD.recordings if probe is self]
+        found = [record for probe, record in _THREAD.recordings if probe is self]
+        return [] if found and self._skip is not None and self._skip() else found
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs = _NONE) -> None:
         """Hook on the embeddings: pixels come in."""
@@ -149,16 +156,18 @@ def record_attention(
     """Records where a vision tower's pooling token looks, without changing how the model computes.
 
     Equal to `output_attentions=True` of an eager model, under any attention implementation. The hooks are gone when
-    the block ends, also after an exception. Of several forwards in one block the last one counts. Projections with
-    dropout of their own (LoRA in training mode) are drawn once more for the map.
+    the block ends, also after an exception. Of several forwards in one block the last one counts; of a tuner or an
+    FVGModel the last of the tuned passes, not the one of the plain CLIP beside it. Projections with dropout of their
+    own (LoRA in training mode) are drawn once more for the map.
 
     Args:
         model: CLIPModel or another supported dual encoder, its vision tower, a PeftModel around one, a tuner or an
             FVGModel; of DataParallel, DistributedDataParallel or torch.compile the model inside; of a larger model
-            (LLaVA, CLIPSegForImageSegmentation) the one tower in it.
+            (LLaVA, CLIPSegForImageSegmentation, also in a PeftModel) the one tower in it.
         layers: encoder layers to read, 0-based, negative from the end; one number, several, or "all". A tower that is
             pooled by an attention head (SigLIP, AIMv2) has no token that looks at the patches in its layers: there the
-            head alone is read, as layer 0 or -1.
+            head alone is read, as layer 0 or -1. Where the head was left out, as in the towers of PaliGemma and
+            Gemma 3, layers are read again: what all patches look at, on average.
         differentiable: keep the graph from the maps to the model's inputs and parameters.
         rollout: follow all layers too, for `record.rollout()`: O(patches²) for each.
         relevance: keep what `record.relevance(score)` needs of these layers.
@@ -175,13 +184,13 @@ def record_attention(
         >>> record.attention().shape  # (B, layers, heads, h, w)
         torch.Size([5, 1, 12, 4, 4])
     """
-    encoder, first_patch = _target(model)
-    probe = AttentionProbe(encoder, layers, first_patch)
+    encoder, first_patch, skip = _target(model)
+    probe = AttentionProbe(encoder, layers, first_patch, skip)
     flow = None
     try:
         if rollout or relevance:
             followed = probe.layers if relevance and encoder.layout.head is None else () if relevance else None
-            flow = Flow(encoder, probe.first_patch, rollout=rollout, relevance=followed)
+            flow = Flow(encoder, probe.first_patch, rollout=rollout, relevance=followed, skip=skip)
         with probe.recording(differentiable, flow) as record:
             yield record
     finally:
@@ -200,16 +209,16 @@ class _Recordings(threading.local):
 _THREAD = _Recordings()
 
 
-def _target(model: nn.Module) -> tuple[DualEncoder, FirstPatch | None]:
+def _target(model: nn.Module) -> tuple[DualEncoder, FirstPatch | None, Skip | None]:
     outer: Any = model
     while outer is not None:  # torch.compile keeps the model as _orig_mod
         model = outer
         outer = model.module if isinstance(model, _PARALLEL) else getattr(model, "_orig_mod", None)
     target = getattr(model, "attention_target", None)
     if not callable(target):
-        return DualEncoder(_tower_in(model)), None
-    inner, first_patch = target()
-    return DualEncoder(inner), first_patch
+        return DualEncoder(_tower_in(model)), None, None
+    inner, first_patch, *skip = target()
+    return DualEncoder(inner), first_patch, skip[0] if skip else None
 
 
 def _tower_in(model: nn.Module) -> nn.Module:
@@ -218,7 +227,7 @@ def _tower_in(model: nn.Module) -> nn.Module:
     Raises:
         FVGError: several towers.
     """
-    if not isinstance(model, nn.Module) or _has_tower(model) or hasattr(model, "peft_config"):
+    if not isinstance(model, nn.Module) or _has_tower(unwrap_peft(model)):
         return model
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():

@@ -10,19 +10,26 @@ One matrix (B, N, patches) is kept, whatever the number of layers. Imports atten
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fvg_adapter.attention_kernels import Seen, heads_of, matrix_of, row_of, values_of
+from fvg_adapter.attention_kernels import Seen, averaged, heads_of, matrix_of, row_of, values_of
 from fvg_adapter.errors import FVGError
 from fvg_adapter.layouts import at
 from fvg_adapter.modes import full_precision
 from fvg_adapter.towers import DualEncoder
 
 FirstPatch = Callable[[int], int]
+Skip = Callable[[], bool]
+_NONE: Mapping[str, Any] = MappingProxyType({})
+_UNSEEN = (
+    "run the tower inside the block, in the same thread. Hooks of rollout and relevance do not run in compiled models: "
+    "give the model that torch.compile was given."
+)
 
 
 class Flow:
@@ -33,18 +40,26 @@ class Flow:
     Args:
         encoder: whose vision tower is read. first_patch: index of the first patch in a layer's tokens.
         rollout: follow every layer. relevance: encoder layers (0-based; the pooling head comes by itself) to follow for
-            `relevance`, or None.
+            `relevance`, or None. skip: asked at every forward whether it does not count.
     """
 
     def __init__(
-        self, encoder: DualEncoder, first_patch: FirstPatch, *, rollout: bool, relevance: Sequence[int] | None
+        self,
+        encoder: DualEncoder,
+        first_patch: FirstPatch,
+        *,
+        rollout: bool,
+        relevance: Sequence[int] | None,
+        skip: Skip | None = None,
     ) -> None:
         self.encoder: DualEncoder = encoder
+        self._skip = skip
         self._first_patch, self._rollout = first_patch, rollout
         self._wanted = relevance
         self._thread = threading.get_ident()
         self._grid: tuple[int, int] | None = None
         self._followed: Tensor | None = None  # (B, N, patches)
+        self._last: Seen | None = None  # the last layer that was followed
         self._first = 0
         self._outputs: dict[int, tuple[Seen, Tensor, int]] = {}
         layers = [encoder.attention_of(layer) for layer in encoder.vision_layers]
@@ -56,7 +71,7 @@ class Flow:
                 self._handles.append(module.register_forward_hook(_Tap(self, number), with_kwargs=True))
 
     def detach(self) -> None:
-        """Takes every hook off, and drops what was kept."""
+        """Takes every hook off. What was seen stays as long as the record does, for `relevance` behind the block."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -64,12 +79,14 @@ class Flow:
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     def _mine(self) -> bool:
-        return threading.get_ident() == self._thread and torch._C._current_graph_task_id() == -1
+        if torch.compiler.is_compiling() or threading.get_ident() != self._thread:
+            return False
+        return torch._C._current_graph_task_id() == -1 and not (self._skip is not None and self._skip())
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NONE) -> None:
         if self._mine():
             self._grid = self.encoder.grid_of_call(args, kwargs)
-            self._followed = None
+            self._followed = self._last = None
             self._outputs.clear()
 
     def see(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -94,7 +111,7 @@ class Flow:
             for head in range(heads):
                 mixed += matrix_of(self.encoder.layout, seen, head) @ before
             self._followed = 0.5 * (mixed / heads + before)
-        self._first = first
+        self._first, self._last = first, seen
 
     def _carried(self, before: Tensor | None, seen: Seen, first: int, came_first: int) -> Tensor:
         """What each token that enters a layer holds of each patch (B, N, patches)."""
@@ -113,15 +130,18 @@ class Flow:
     def rollout(self) -> Tensor:
         """(B, h, w): the share of each patch in what the pooling token holds at the end."""
         if not self._rollout or self._followed is None or self._grid is None:
-            raise FVGError("no rollout was recorded; run the tower inside record_attention(model, rollout=True).")
-        return self._followed[:, 0].reshape(-1, *self._grid)
+            raise FVGError(f"no rollout was recorded; {_UNSEEN}")
+        assert self._last is not None
+        return self._pooled(self._followed, self._last).reshape(-1, *self._grid)
+
+    def _pooled(self, held: Tensor, last: Seen) -> Tensor:
+        """(B, patches): what the token that pools holds; where nothing pools, what tokens hold on average."""
+        return averaged(last, held) if self.encoder.layout.averaged else held[:, 0]
 
     def relevance(self, score: Tensor) -> Tensor:
         """(B, h, w) relevance of the patches to a score, not negative, in units of the score."""
         if self._wanted is None or not self._outputs or self._grid is None:
-            raise FVGError(
-                "nothing was recorded for relevance; run the tower inside record_attention(model, relevance=True)."
-            )
+            raise FVGError(f"nothing was recorded for relevance; {_UNSEEN}")
         entries = [self._outputs[number] for number in sorted(self._outputs)]
         gradients = _gradients(score, [output for _, output, _ in entries])
         held: Tensor | None = None
@@ -129,14 +149,16 @@ class Flow:
         with torch.no_grad():
             for position, ((seen, _, first), gradient) in enumerate(zip(entries, gradients, strict=True)):
                 before = self._carried(held, seen, first, came_first)
-                if position == len(entries) - 1:  # of the last one the token that pools is all that matters
+                if (
+                    position == len(entries) - 1 and not self.encoder.layout.averaged
+                ):  # of the last one the token that pools is all that matters
                     row = self._weighted_row(seen, gradient).unsqueeze(1) @ before  # (B, 1, patches)
                     held = row if self._head is not None else before[:, :1] + row
                 else:
                     held = before + self._weighted(seen, gradient) @ before
                 came_first = first
             assert held is not None
-            return held[:, 0].reshape(-1, *self._grid)
+            return self._pooled(held, entries[-1][0]).reshape(-1, *self._grid)
 
     def _weighted(self, seen: Seen, gradient: Tensor) -> Tensor:
         """(B, N, N): attention times its gradient, positive part, mean over heads."""
@@ -163,7 +185,9 @@ class _Tap:
     def __init__(self, flow: Flow, number: int) -> None:
         self.flow, self.number = flow, number
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        """`rest` is (kwargs, output), or the output alone where another thread is just attaching the hook."""
+        kwargs, output = rest if len(rest) == 2 else ({}, rest[0])
         self.flow.see(self.number, module, args, kwargs, output)
 
 
@@ -179,6 +203,11 @@ def _gradients(score: Tensor, outputs: list[Tensor]) -> tuple[Tensor, ...]:
     )
     if not score.requires_grad:
         raise FVGError(f"the score has no gradient; {advice}")
+    if not all(output.requires_grad for output in outputs):
+        raise FVGError(
+            f"the recorded attention has no gradient; {advice} Reentrant gradient checkpointing cuts the graph: use "
+            "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+        )
     found = torch.autograd.grad(score.sum(), outputs, retain_graph=True, allow_unused=True)
     if any(gradient is None for gradient in found):
         raise FVGError(f"the score does not depend on the attention that was recorded; {advice}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fvg_adapter.layouts import Layout
 from fvg_adapter.modes import full_precision
-from fvg_adapter.towers import attention_scale, head_dim, hidden_of, projected
+from fvg_adapter.towers import attention_scale, head_dim, hidden_of, linear_weight, projected
 
 
 def pooling_attention(query: Tensor, keys: Tensor, heads: int, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -41,6 +41,31 @@ def pooling_attention(query: Tensor, keys: Tensor, heads: int, scale: float, bia
         split = keys.reshape(*keys.shape[:2], heads, -1).transpose(1, 2)  # (B, N, D) -> (B, heads, N, d)
         one = query.reshape(len(query), heads, -1, 1)  # (B, D) -> (B, heads, d, 1)
         scores = (split @ one).squeeze(-1) * scale  # (B, heads, N)
+        return torch.softmax(scores if bias is None else scores + bias, dim=-1)
+
+
+def folded_attention(
+    query: Tensor, weight: Tensor, hidden: Tensor, heads: int, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """`pooling_attention` for keys k_n = W x_n (+ b), without forming them: q · (W x) = (Wᵀ q) · x.
+
+    That is N · D · heads products for an image instead of N · D². The keys' own bias adds the same to all tokens of a
+    head, which no softmax sees.
+
+    Args:
+        query: (B, D) projected query of the pooling token. weight: (D, width) W. hidden: (B, N, width) tokens.
+        heads, scale, bias: as for `pooling_attention`.
+
+    Example:
+        >>> hidden = torch.tensor([[[0.0], [0.5493061]]])
+        >>> folded_attention(torch.tensor([[1.0]]), torch.tensor([[2.0]]), hidden, heads=1, scale=1.0)
+        tensor([[[0.2500, 0.7500]]])
+    """
+    query, weight, hidden = full_precision(query), full_precision(weight), full_precision(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        one = query.reshape(len(query), heads, 1, -1)  # (B, D) -> (B, heads, 1, d)
+        folded = (one @ weight.reshape(heads, -1, weight.shape[-1])).squeeze(2)  # (B, heads, width)
+        scores = folded @ hidden.mT * scale  # (B, heads, N)
         return torch.softmax(scores if bias is None else scores + bias, dim=-1)
 
 
@@ -73,18 +98,39 @@ class Seen:
 def row_of(layout: Layout, seen: Seen) -> Tensor:
     """(B, heads, N) attention of the token that pools, by the projections that the module has now."""
     module, hidden = seen.module, seen.hidden
+    if layout.averaged:
+        return _mean_row(layout, seen)
     if seen.probe is not None:
         return _probe_row(module, seen)  # type: ignore[arg-type]
     if layout.head == "learned query" and not hasattr(module, layout.query):
-        keys = projected(module, layout.key, hidden)  # (B, N, D)
         heads = int(module.num_heads)  # type: ignore[arg-type]
         query = module.cls_token.expand(len(hidden), -1, -1)[:, 0]  # type: ignore[operator]
-        return pooling_attention(query, keys, heads, (keys.shape[-1] // heads) ** -0.5)
+        return _row(layout, seen, query, heads, (query.shape[-1] // heads) ** -0.5, None)
     query = projected(module, layout.query, hidden[:, :1]).squeeze(1)  # (B, D)
-    keys = projected(module, layout.key, hidden)  # (B, N, D)
     width = query.shape[-1]
     bias = None if seen.mask is None else _additive(seen.mask)[:, :, 0]  # (B, 1 or heads, N)
-    return pooling_attention(query, keys, width // head_dim(module, width), attention_scale(module, width), bias)
+    return _row(layout, seen, query, width // head_dim(module, width), attention_scale(module, width), bias)
+
+
+def _row(layout: Layout, seen: Seen, query: Tensor, heads: int, scale: float, bias: Tensor | None) -> Tensor:
+    weight = None if torch.is_grad_enabled() else linear_weight(seen.module, layout.key)
+    if weight is not None and weight.shape == (query.shape[-1], seen.hidden.shape[-1]):
+        return folded_attention(query, weight, seen.hidden, heads, scale, bias)
+    return pooling_attention(query, projected(seen.module, layout.key, seen.hidden), heads, scale, bias)
+
+
+def _mean_row(layout: Layout, seen: Seen) -> Tensor:
+    """(B, heads, N): the mean over all tokens that are no padding of what they look at."""
+    rows = [averaged(seen, matrix_of(layout, seen, head)) for head in range(heads_of(layout, seen))]
+    return torch.stack(rows, 1)
+
+
+def averaged(seen: Seen, matrix: Tensor) -> Tensor:
+    """(B, M): the mean of (B, N, M) over tokens that are no padding."""
+    if seen.mask is None:
+        return matrix.mean(1)
+    there = (_additive(seen.mask)[:, 0, 0] > -1e4).to(matrix)  # (B, N)
+    return (there.unsqueeze(1) @ matrix).squeeze(1) / there.sum(1, keepdim=True)
 
 
 def _probe_row(module: nn.MultiheadAttention, seen: Seen) -> Tensor:
@@ -92,9 +138,8 @@ def _probe_row(module: nn.MultiheadAttention, seen: Seen) -> Tensor:
     width, heads = module.embed_dim, module.num_heads
     weight, bias = module.in_proj_weight, module.in_proj_bias  # (3D, D), (3D,)
     query = F.linear(seen.probe[:, 0], weight[:width], None if bias is None else bias[:width])  # (B, D)
-    keys = F.linear(seen.hidden, weight[width : 2 * width], None if bias is None else bias[width : 2 * width])
-    added = None if seen.mask is None else _additive(seen.mask).reshape(len(keys), heads, -1)  # (B·heads, 1, N)
-    return pooling_attention(query, keys, heads, (width // heads) ** -0.5, added)
+    added = None if seen.mask is None else _additive(seen.mask).reshape(len(query), heads, -1)  # (B·heads, 1, N)
+    return folded_attention(query, weight[width : 2 * width], seen.hidden, heads, (width // heads) ** -0.5, added)
 
 
 def heads_of(layout: Layout, seen: Seen) -> int:

@@ -12,7 +12,9 @@ from fvg_adapter.layouts import Layout
 
 
 class AttentionRecord:
-    """What `recording` or `record_attention` saw: the maps of the last forward, and no module once the block ends.
+    """What `recording` or `record_attention` saw: the maps of the last forward.
+
+    No module is held once the block ends, but where relevance was asked for: then what it needs, with its graph.
 
     Attributes:
         layers: 0-based numbers of the recorded layers, in the order of the maps.

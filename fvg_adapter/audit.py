@@ -10,6 +10,7 @@ Beside it: D_fg, and the share of attention and of class relevance inside the ma
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from fvg_adapter.data import collate
 from fvg_adapter.errors import FVGError
 from fvg_adapter.features import attention_in_mask
 from fvg_adapter.foreground import foreground_view, mask_area, prepare_mask, usable_mask
-from fvg_adapter.model import FVGModel
+from fvg_adapter.model import FVGModel, answer_score
 from fvg_adapter.tuners.base import Tuner, check_labels
 
 SMALLEST_ERROR = 1e-6
@@ -116,8 +117,9 @@ class Audit:
         return sorted(self.pictures, key=lambda p: -p.lean)[:count]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, of types that JSON has."""
-        return {"format": "fvg_adapter audit 1", **asdict(self)}
+        """Everything, of types that JSON has: what is unknown (NaN) becomes None."""
+        record: dict[str, Any] = _known({"format": "fvg_adapter audit 1", **asdict(self)})
+        return record
 
 
 def audit(
@@ -192,9 +194,9 @@ def _batch(model: FVGModel | Tuner, items: Any, layers: Any, relevance: bool, ou
     pixels, mask = _on(tuner, items)
     area = mask_area(mask)
     with record_attention(model, layers, relevance=relevance) as record, torch.set_grad_enabled(relevance):
-        whole = model(pixels.clone().requires_grad_(relevance)).logits
-        answer = whole.argmax(-1)
-        relevant = record.relevance(whole.gather(1, answer[:, None])[:, 0]) if relevance else None
+        output = model(pixels.clone().requires_grad_(relevance))
+        whole = output.logits
+        relevant = record.relevance(answer_score(model, output)) if relevance else None
     attention = record.attention().mean((1, 2))  # (B, h, w)
     views = [foreground_view(pixels, part, outside=outside, **normal) for part in (mask, 1 - boxes(mask))]
     foreground, background = (model(view).logits for view in views)
@@ -354,6 +356,14 @@ def _leaning(differences: Tensor) -> tuple[float, float]:
         return lean, float("nan")
     error = float((differences.var() / len(differences)).sqrt())
     return lean, lean / max(error, SMALLEST_ERROR)
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _known(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_known(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mean(values: list[float]) -> float:

@@ -36,6 +36,8 @@ class Layout:
         leading_tokens: tokens before the first patch; where a class token pools, it is number 0.
         registers: attribute of the vision config that counts register tokens between class token and patches.
         head: what pools where no class token does; head_path: the way from the vision tower to it.
+        averaged: whether nothing pools, since the pooling head was left out (as in those of PaliGemma and Gemma 3):
+            what the patches look at on average stands for what a pooling token looks at.
         packed: whether the tower takes patches (B, N, 3·p²) with their grids instead of pixels.
         video: whether images are only frames of what the model encodes; it then gives attention and no features.
         interpolates: whether images of any size are taken without being asked for.
@@ -60,6 +62,7 @@ class Layout:
     registers: str | None = None
     head: Head | None = None
     head_path: str = ""
+    averaged: bool = False
     packed: bool = False
     video: bool = False
     interpolates: bool = False
@@ -195,6 +198,14 @@ def at(root: Any, path: str) -> Any:
         if found is not None:
             return found
     raise AttributeError(f"{type(root).__name__} has no {path.replace('|', ' or ')}")
+
+
+def has(root: Any, path: str) -> bool:
+    """Whether an attribute path leads to something."""
+    try:
+        return at(root, path) is not None
+    except AttributeError:
+        return False
 
 
 def vision_tower(model: nn.Module, layout: Layout) -> nn.Module | None:

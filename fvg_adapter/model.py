@@ -276,15 +276,15 @@ class FVGModel(nn.Module, Pretrained):
         return self.tuner.scores(self.visual_adapter(self._cast(image)), self.text_adapter(text))
 
     def _prior_logits(self, views: Views) -> Tensor:
-        """z_CLIP (B, C)."""
+        """z_CLIP (B, C); scored, not learned from, it keeps a graph to pixels that ask for gradients."""
         assert views.prior is not None
-        with torch.no_grad():
+        with torch.no_grad() if self.training else contextlib.nullcontext():
             return self._logits(views.prior, self._cast(self.tuner.prior_text_features()))
 
     def _calibrate(self, image: Tensor, text: Tensor, z_prior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z_full of the new branch (B, C), b (B,) and z_PC (B, C)."""
         z_full = self._logits(image, text)
-        if self.config.freeze_tuner:
+        if self.config.freeze_tuner and self.training:
             z_full = z_full.detach()
         cues = L.prior_cues(z_full, z_prior, self.config.temperature)
         prior_trust = torch.sigmoid(self.backbone_gate(cues))
@@ -407,6 +407,21 @@ class FVGModel(nn.Module, Pretrained):
         ]
         return rows[0] if single else rows
 
+    def class_logits(self, output: FVGOutput) -> Tensor:
+        """What class relevance should ask about: (B, C) each class's logit in the branch that is made for it.
+
+        Of branches "base" and "new" these are the output's logits. Those of "joint" are log-probabilities, whose
+        gradient is gone where the model is sure; base classes have their z_FDC here, new ones their z_PC.
+
+        Args:
+            output: of this model, with its present classes.
+        """
+        assert output.logits is not None
+        if output.logits_base is None or output.logits_new is None:
+            return output.logits
+        is_base = torch.tensor(self._is_base(), device=output.logits.device)
+        return torch.where(is_base, output.logits_base, output.logits_new)
+
     def status(self) -> Status:
         """What is attached, what learns, what is frozen."""
         counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
@@ -425,7 +440,7 @@ class FVGModel(nn.Module, Pretrained):
     def _heads(self) -> list[nn.Module]:
         return [getattr(self, name) for name in HEADS]
 
-    def attention_target(self) -> tuple[nn.Module, Callable[[int], int]]:
+    def attention_target(self) -> tuple[nn.Module, Callable[[int], int], Callable[[], bool]]:
         """For `record_attention`: what the tuner says."""
         return self.tuner.attention_target()
 
@@ -522,3 +537,9 @@ class FVGModel(nn.Module, Pretrained):
             raise
         model.wraps_clip = type(tuner) is ZeroShot
         return model.eval()
+
+
+def answer_score(model: FVGModel | Tuner, output: Any) -> Tensor:
+    """(B,) the logit of each picture's answer, in the branch made for it, with its graph: for class relevance."""
+    logits = model.class_logits(output) if isinstance(model, FVGModel) else output.logits
+    return logits.gather(1, output.logits.argmax(-1, keepdim=True))[:, 0]

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fvg_adapter.errors import FVGError
-from fvg_adapter.layouts import LAYOUTS, at, layout_of, text_tower, vision_tower
+from fvg_adapter.layouts import LAYOUTS, at, has, layout_of, text_tower, vision_tower
 from fvg_adapter.modes import full_precision
 
 
@@ -73,6 +74,8 @@ class DualEncoder:
             raise TypeError(_unsupported(base))
         self.model = base
         self.layout = layout
+        if layout.head is not None and not has(self.vision, layout.head_path):
+            self.layout = replace(layout, head=None, averaged=True)
         self.projection = projection
 
     # -- towers ----------------------------------------------------------------------------------------------------
@@ -162,17 +165,12 @@ class DualEncoder:
     def pooling_attention(self) -> Sequence[nn.Module]:
         """The attention modules in which a token that pools looks at the patches, first to last.
 
-        Those of all layers where a class token pools, the pooling head alone where there is one.
+        Those of all layers where a class token pools, the pooling head alone where there is one. Those of all layers
+        too where nothing pools: there all patches look.
         """
         if self.layout.head is None:
             return [self.attention_of(layer) for layer in self.vision_layers]
-        try:
-            return [at(self.vision, self.layout.head_path)]
-        except AttributeError as error:
-            raise TypeError(
-                f"this {type(self.model).__name__} has no attention head that pools (use_head is off), so that no "
-                "token looks at its patches."
-            ) from error
+        return [at(self.vision, self.layout.head_path)]
 
     @property
     def pooling_end(self) -> nn.Module:
@@ -442,3 +440,18 @@ def projected(attention: nn.Module, name: str, hidden: Tensor) -> Tensor:
     name, _, part = name.rstrip("]").partition("[")
     output: Tensor = at(attention, name)(hidden)
     return output.chunk(3, dim=-1)[int(part)] if part else output
+
+
+def linear_weight(attention: nn.Module, name: str) -> Tensor | None:
+    """The weight (D, width) of a projection that is a plain linear map now, or None.
+
+    LoRA, quantised layers, weights that are elsewhere until the layer runs, and hooks of others make it another map.
+    """
+    name, _, part = name.rstrip("]").partition("[")
+    module = at(attention, name)
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return None
+    if module._forward_hooks or module._forward_pre_hooks or module.weight.is_meta:
+        return None
+    weight: Tensor = module.weight
+    return weight.chunk(3)[int(part)] if part else weight

@@ -33,6 +33,7 @@ def overlay(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
     strength: float = 0.55,
+    side: int | None = None,
 ) -> Any:
     """A picture with a map laid over it and the outline of a mask.
 
@@ -41,9 +42,10 @@ def overlay(
         attention: (h, w) attention, rollout or relevance, at any resolution; from its smallest to its largest value.
         mask: (H', W') or (1, H', W') foreground, at any resolution.
         mean, std: the normalisation of pixels. strength: of the map, in [0, 1].
+        side: a smaller picture is enlarged first until its shorter side has so many pixels, so that outlines are fine.
 
     Returns:
-        A PIL picture (RGB) of the picture's size.
+        A PIL picture (RGB) of the picture's size, unless it was enlarged.
 
     Raises:
         FVGError: a map or mask of another rank.
@@ -53,6 +55,9 @@ def overlay(
     base = np.asarray(picture.convert("RGB"), float) / 255 if isinstance(picture, Image.Image) else None
     if base is None:
         base = _picture(picture, mean, std).astype(float)
+    if side is not None and min(base.shape[:2]) < side:
+        times = -(-side // min(base.shape[:2]))
+        base = base.repeat(times, 0).repeat(times, 1)
     size = base.shape[:2]
     for name, given in (("attention", attention), ("mask", mask)):
         if given is not None and given.squeeze().dim() != 2:
@@ -64,8 +69,13 @@ def overlay(
         base = (1 - strength) * base + strength * matplotlib.colormaps["inferno"](heat)[..., :3]
     if mask is not None:
         inside = F.interpolate(mask.detach().cpu().float().squeeze()[None, None], size=size)[0, 0] > 0.5
-        grown = F.max_pool2d(inside[None, None].float(), 3, 1, 1)[0, 0] > 0.5
-        base = np.where((grown & ~inside).numpy()[..., None], np.array([0.89, 0.0, 0.49]), base)
+        width = max(1, round(min(size) / 160))
+        for colour, rings in (((1.0, 1.0, 1.0), 2), ((0.89, 0.0, 0.49), 1)):
+            if rings == 2 and width == 1:  # no room for a white rim
+                continue
+            reach = width * rings
+            grown = F.max_pool2d(inside[None, None].float(), 2 * reach + 1, 1, reach)[0, 0] > 0.5
+            base = np.where((grown & ~inside).numpy()[..., None], np.array(colour), base)
     return Image.fromarray((np.clip(base, 0, 1) * 255).round().astype(np.uint8))
 
 
@@ -104,7 +114,9 @@ def before_after(
             _column(axes[:, column], model, data, index, "base" if data is base_set else "new")
     finally:
         model.train(mode)
-    figure.suptitle("Foreground outlined; attention below; answers of CLIP, the tuner and FVG-PT", fontsize=11)
+    figure.suptitle(
+        "Foreground outlined; the tuner's attention below; answers of CLIP, the tuner and FVG-PT", fontsize=11
+    )
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -79,3 +81,28 @@ def tiny(family: str, implementation: str | None = None) -> nn.Module:
     if implementation is not None:
         model.set_attn_implementation(implementation)
     return model.eval()
+
+
+@contextlib.contextmanager
+def giving_weights(tower: Any, kept: list[Any]) -> Iterator[None]:
+    """Inside, every forward of an eager tower appends its attention weights (B, heads, N, N) a layer, in its graph."""
+    plain = tower.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = plain(*args, **{**kwargs, "output_attentions": True})
+        kept.append(output.attentions)
+        return output
+
+    tower.forward = forward
+    try:
+        yield
+    finally:
+        del tower.forward
+
+
+def use(model: nn.Module, implementation: str) -> None:
+    """Another attention implementation, where transformers has it for the family (some are eager alone in 4.57)."""
+    try:
+        model.set_attn_implementation(implementation)  # type: ignore[operator]
+    except ValueError as error:
+        assert "does not support" in str(error)

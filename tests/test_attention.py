@@ -23,8 +23,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 from conftest import checkpoint_activations
 from fvg_adapter import attention, attention_kernels
 from fvg_adapter.attention import AttentionProbe, pooling_attention, record_attention
+from fvg_adapter.attention_kernels import folded_attention
 from fvg_adapter.errors import FVGError
-from fvg_adapter.towers import DualEncoder, pooled
+from fvg_adapter.towers import DualEncoder, linear_weight, pooled
 
 LAYERS, HEADS, GRID = 3, 4, 4
 VISION = {
@@ -220,6 +221,44 @@ def test_pooling_attention_by_hand(batch: int, tokens: int, heads: int, width: i
             weights = [math.exp(0.7 * sum(float(query[b, i] * keys[b, n, i]) for i in part)) for n in range(tokens)]
             for n in range(tokens):
                 assert float(result[b, h, n]) == pytest.approx(weights[n] / sum(weights), abs=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(0, 99)
+)
+def test_keys_need_not_be_formed(batch: int, tokens: int, heads: int, width: int, inputs: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    keys = nn.Linear(inputs, heads * width)
+    query = torch.randn(batch, heads * width, generator=generator)
+    hidden = torch.randn(batch, tokens, inputs, generator=generator)
+    mask = torch.randn(batch, heads, tokens, generator=generator)
+    expected = pooling_attention(query, keys(hidden), heads, 0.7, mask)
+    torch.testing.assert_close(folded_attention(query, keys.weight, hidden, heads, 0.7, mask), expected)
+
+
+def test_projections_that_are_no_plain_linear_map_are_asked() -> None:
+    clip, pixels = make_clip(), images()
+    layer = DualEncoder(clip).vision_layers[-1].self_attn
+    assert linear_weight(layer, "k_proj") is layer.k_proj.weight
+
+    def doubled(*_: Any) -> Any:
+        return 2 * _[-1]
+
+    handle = layer.k_proj.register_forward_hook(doubled)
+    assert linear_weight(layer, "k_proj") is None
+    with torch.no_grad(), record_attention(clip) as record:
+        clip.get_image_features(pixel_values=pixels)
+    torch.testing.assert_close(record.attention(), oracle(clip, pixels)[:, -1:], atol=1e-5, rtol=0)
+    handle.remove()
+    layer.k_proj.forward = lambda x: 2 * nn.Linear.forward(layer.k_proj, x)  # as accelerate's offloading does
+    assert linear_weight(layer, "k_proj") is None
+    del layer.k_proj.forward
+    layer.k_proj.to("meta")
+    assert linear_weight(layer, "k_proj") is None
+    layer.k_proj = torch.ao.nn.quantized.dynamic.Linear(32, 32)
+    assert linear_weight(layer, "k_proj") is None
+    assert linear_weight(with_lora(make_clip()).vision_model.encoder.layers[0].self_attn, "k_proj") is None
 
 
 # -- LoRA --------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fvg_adapter import record_attention, unwrap, wrap
@@ -131,6 +132,24 @@ def test_wrap_trains_the_heads_and_gives_the_model_back(family: str, tokenizer: 
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", [ZeroShot, CoOp, KgCoOp])
+@pytest.mark.parametrize("family", ["siglip", "siglip2"])
+@torch.no_grad()
+def test_the_bias_reaches_every_branch_and_no_answer(family: str, kind: Any, tokenizer: Any) -> None:
+    model = families.tiny(family)
+    model.logit_bias.fill_(-7.25)
+    tuner = kind(model, tokenizer, NAMES)
+    wrapped = wrap(tuner).eval()
+    wrapped.visual_adapter.up.weight.zero_()
+    wrapped.text_adapter.up.weight.zero_()
+    cosines = tuner.image_features(images()) @ tuner.text_features().T
+    expected = model.logit_scale.exp() * cosines - 7.25
+    for branch in ("base", "new"):  # where nothing is learned yet both are the tuner's
+        torch.testing.assert_close(wrapped(images(), branch=branch).logits, expected, atol=1e-3, rtol=1e-5)
+    joint = wrapped(images(), branch="joint").logits
+    torch.testing.assert_close(joint, expected.log_softmax(-1), atol=1e-3, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [CoOp, KgCoOp, PromptSRC])
 @pytest.mark.parametrize("family", WITH_TEXT)
 def test_prompts_learn_in_every_text_tower(family: str, kind: Any, tokenizer: Any) -> None:
@@ -169,30 +188,50 @@ def test_mmrl_takes_causal_families(tokenizer: Any) -> None:
     assert tuner.rep_tokens.grad.abs().sum() > 0
 
 
-@torch.no_grad()
-def test_a_tower_inside_a_larger_model() -> None:
+def llava(vision: Any, **options: Any) -> Any:
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 4, "vocab_size": 60}
     config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**families.VISION),
-        text_config=transformers.LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            vocab_size=60,
-        ),
-        image_token_index=59,
-        vision_feature_layer=-2,
+        vision_config=vision, text_config=transformers.LlamaConfig(**text), image_token_index=59, **options
     )
-    llava = transformers.LlavaForConditionalGeneration(config).eval()
-    tower = next(m for m in llava.modules() if type(m).__name__ == "CLIPVisionModel")
-    ids = torch.tensor([[1] + [59] * 16 + [5, 6]] * 2)
-    with record_attention(llava, "all") as record:
-        llava(input_ids=ids, pixel_values=images())
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+WORDS = torch.tensor([[1] + [59] * 16 + [5, 6]] * 2)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@torch.no_grad()
+def test_a_tower_inside_a_larger_model(adapted: bool) -> None:
+    model = llava(transformers.CLIPVisionConfig(**families.VISION), vision_feature_layer=-2)
+    tower = next(m for m in model.modules() if type(m).__name__ == "CLIPVisionModel")
+    if adapted:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    with record_attention(model, "all") as record:
+        model(input_ids=WORDS, pixel_values=images())
     with record_attention(tower, "all") as direct:
         tower(pixel_values=images())
-    assert record.attention().shape == (2, 3, 4, 4, 4)
+    kept: list[Tensor] = []
+    tower.set_attn_implementation("eager")
+    encoder = DualEncoder(tower)
+    hooks = [
+        encoder.attention_of(x).register_forward_hook(lambda m, a, o: kept.append(o[1])) for x in encoder.vision_layers
+    ]
+    tower(pixel_values=images(), output_attentions=True)
+    assert len(hooks) == 3 and record.attention().shape == (2, 3, 4, 4, 4)
     torch.testing.assert_close(record.attention(), direct.attention())
+    expected = torch.stack([a[:, :, 0, 1:].unflatten(-1, (4, 4)) for a in kept], 1)
+    torch.testing.assert_close(record.attention(), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_siglip_tower_inside_a_larger_model() -> None:
+    model = llava(transformers.SiglipVisionConfig(**families.VISION), vision_feature_select_strategy="full")
+    with record_attention(model) as record:
+        model(input_ids=WORDS, pixel_values=images())
+    tower = next(m for m in model.modules() if type(m).__name__ == "SiglipVisionModel")
+    expected = head_attention(DualEncoder(tower)).reshape(2, 1, 4, 4, 4)
+    torch.testing.assert_close(record.attention(), expected, atol=1e-5, rtol=0)
 
 
 def test_several_towers_are_named() -> None:
@@ -240,11 +279,68 @@ def test_layers_of_a_tower_without_class_token() -> None:
         record_attention(model, [-2]),
     ):
         pass
-    config = model.config.vision_config
-    config.vision_use_head = False
-    headless = transformers.SiglipVisionModel(config)
-    with pytest.raises(TypeError, match="no attention head that pools"), record_attention(headless):
-        pass
+
+
+def headless(kind: str) -> Any:
+    """A vision tower whose pooling head was left out, as larger models have it."""
+    config = families.tiny(kind).config.vision_config
+    torch.manual_seed(0)
+    if kind == "aimv2":
+        config.use_head = False
+        model = transformers.Aimv2VisionModel(config)
+    else:
+        config.vision_use_head = False
+        model = (transformers.SiglipVisionModel if kind == "siglip" else transformers.Siglip2VisionModel)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+    return model.eval()
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize("kind", ["siglip", "siglip2", "aimv2"])
+def test_towers_whose_head_was_left_out(kind: str, padding: int) -> None:
+    """All patches look, on average: attention, rollout and relevance against eager attention and autograd."""
+    if (kind == "aimv2" and "aimv2" not in ALL) or (padding and kind != "siglip2"):
+        return
+    model = headless(kind)
+    values: Any = {"pixel_values": images()}
+    if kind == "siglip2":
+        values = packed(images(), 8)
+        values["pixel_values"] = F.pad(values["pixel_values"], (0, 0, 0, padding), value=0.3)
+        mask = torch.ones(2, 16 + padding)
+        mask[:, 16:] = 0
+        name = (
+            "attention_mask" if "attention_mask" in _parameters(DualEncoder(model).vision) else "pixel_attention_mask"
+        )
+        values[name if DualEncoder(model).vision is model else "pixel_attention_mask"] = mask
+    values["pixel_values"].requires_grad_()
+    model.set_attn_implementation("eager")
+    encoder, weights = DualEncoder(model), []
+    hooks = [
+        encoder.attention_of(x).register_forward_hook(lambda m, a, o: weights.append(o[1]))
+        for x in encoder.vision_layers
+    ]
+    score = model(**values, output_attentions=True).last_hidden_state[:, :16].pow(2).sum((1, 2))
+    for hook in hooks:
+        hook.remove()
+    gradients = torch.autograd.grad(score.sum(), weights)
+    n = weights[0].shape[-1]
+    rollout = relevance = torch.eye(n)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        rollout = (0.5 * weight.mean(1) + 0.5 * torch.eye(n)) @ rollout
+        relevance = relevance + (weight * gradient).relu().mean(1) @ relevance
+    model.set_attn_implementation("sdpa")
+    with record_attention(model, "all", rollout=True, relevance=True) as record:
+        again = model(**values).last_hidden_state[:, :16].pow(2).sum((1, 2))
+        found = record.relevance(again)
+    expected = torch.stack([w[:, :, :16, :16].mean(2) for w in weights], 1).unflatten(-1, (4, 4))
+    torch.testing.assert_close(record.attention(), expected.detach(), atol=1e-5, rtol=0)
+    grid = [x[:, :16, :16].mean(1).unflatten(-1, (4, 4)).detach() for x in (rollout, relevance)]
+    torch.testing.assert_close(record.rollout(), grid[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found, grid[1], atol=1e-4 * float(grid[1].max()), rtol=1e-3)
+    assert expected.std() > 1e-3
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -285,36 +381,71 @@ def test_rollout_is_the_product_of_the_layers(family: str) -> None:
     torch.testing.assert_close(record.rollout(), expected, atol=1e-6, rtol=1e-4)
 
 
+CLASS_TOKEN = [name for name in WITH_TEXT if name not in ("siglip", "siglip2")]
+
+
+def scored(model: nn.Module, tokenizer: Any, kept: list[Any]) -> Tensor:
+    """(B, C) logits of a frozen ZeroShot, with the tower's own eager attention weights of that pass, in its graph."""
+    tuner = ZeroShot(model, tokenizer, NAMES)
+    with families.giving_weights(tuner.encoder.vision, kept):
+        logits = tuner(images().requires_grad_()).logits
+    tuner.detach()
+    return logits
+
+
 @pytest.mark.parametrize("layers", [(-1,), (0, 2), "all"])
-@pytest.mark.parametrize("family", ["clip", "blip", "flava", "dinov2_with_registers+bert", "vit+bert", "tipsv2"])
-def test_relevance_is_that_of_autograd(family: str, layers: Any) -> None:
+@pytest.mark.parametrize("family", CLASS_TOKEN)
+def test_class_relevance_is_that_of_autograd(family: str, layers: Any, tokenizer: Any) -> None:
     """The naive way: eager attention weights in the graph, their gradients by autograd, the products by hand."""
-    if family not in ALL:
-        pytest.fail(f"{family} is unknown here") if family != "tipsv2" else None
-        return
-    model, direction = families.tiny(family, "eager"), torch.randn(DualEncoder(families.tiny(family)).vision_width)
-    encoder = DualEncoder(model)
-    pixels = images().requires_grad_()
-    output = encoder.vision(pixel_values=pixels, output_attentions=True)
-    score = (output.last_hidden_state[:, 0] @ direction) ** 2
-    gradients = torch.autograd.grad(score.sum(), output.attentions)
-    numbers = {"all": (0, 1, 2), (-1,): (2,)}.get(layers, layers)
-    n = output.attentions[0].shape[-1]
-    total = torch.eye(n).expand(2, n, n)
-    for number in numbers:
-        weighted = (gradients[number] * output.attentions[number]).relu().mean(1)
-        total = total + weighted @ total
-    expected = total[:, 0, encoder.leading_tokens :].reshape(2, 4, 4)
+    model, kept = families.tiny(family, "eager"), []
+    logits = scored(model, tokenizer, kept)
+    weights = kept[-1]
+    first = DualEncoder(model).leading_tokens
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.set_attn_implementation("sdpa" if family != "flava" else "eager")
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    with record_attention(model, layers, relevance=True) as record:
-        again = encoder.vision(pixel_values=images().requires_grad_())
-        found = record.relevance((again.last_hidden_state[:, 0] @ direction) ** 2)
-    torch.testing.assert_close(found, expected.detach(), atol=1e-4 * float(expected.max()), rtol=1e-3)
-    assert expected.max() > 0
+        families.use(model, "sdpa" if family not in ("flava", "blip") else "eager")
+    tuner = ZeroShot(model, tokenizer, NAMES)
+    with record_attention(tuner, layers, relevance=True) as record:
+        again = tuner(images().requires_grad_()).logits
+        for label in range(len(NAMES)):
+            gradients = torch.autograd.grad(logits[:, label].sum(), weights, retain_graph=True)
+            n = weights[0].shape[-1]
+            total = torch.eye(n).expand(2, n, n)
+            for number in {"all": (0, 1, 2), (-1,): (2,)}.get(layers, layers):
+                total = total + (gradients[number] * weights[number]).relu().mean(1) @ total
+            expected = total[:, 0, first:].reshape(2, 4, 4).detach()
+            found = record.relevance(again[:, label])
+            torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.max()), rtol=1e-3)
+            assert expected.max() > 0
+
+
+@pytest.mark.parametrize("family", ["siglip", "siglip2"])
+def test_class_relevance_of_a_probe_is_that_of_autograd(family: str, tokenizer: Any) -> None:
+    """The head's attention once more by its definition, in the model's own pass, with its weights in the graph."""
+    model = families.tiny(family)
+    tuner = ZeroShot(model, tokenizer, NAMES)
+    head: Any = tuner.encoder.pooling_attention[0]
+    kept: list[Tensor] = []
+
+    def forward(probe: Tensor, keys: Tensor, values: Tensor, **_: Any) -> tuple[Tensor, None]:
+        parts = zip(head.in_proj_weight.chunk(3), head.in_proj_bias.chunk(3), (probe, keys, values), strict=True)
+        q, k, v = (F.linear(x, w, b).unflatten(-1, (4, 8)).transpose(1, 2) for w, b, x in parts)
+        kept.append((q @ k.mT * 8**-0.5).softmax(-1))  # (B, heads, 1, N)
+        return head.out_proj((kept[-1] @ v).transpose(1, 2).flatten(2)), None
+
+    expected_logits = tuner(images()).logits
+    head.forward = forward
+    logits = tuner(images().requires_grad_()).logits
+    del head.forward
+    torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-5)
+    with record_attention(tuner, relevance=True) as record:
+        again = tuner(images().requires_grad_()).logits
+        for label in range(len(NAMES)):
+            gradient = torch.autograd.grad(logits[:, label].sum(), kept[-1], retain_graph=True)[0]
+            expected = (gradient * kept[-1]).relu().mean(1)[:, 0].reshape(2, 4, 4).detach()
+            found = record.relevance(again[:, label])
+            torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.max()), rtol=1e-3)
+            assert expected.max() > 0
 
 
 @pytest.mark.parametrize("family", ["siglip", "siglip2", "aimv2"])

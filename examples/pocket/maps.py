@@ -1,6 +1,6 @@
 """Where models look, against the true masks: attention, rollout and class relevance of CLIP, tuners and FVG-PT.
 
-    python -m examples.pocket.maps [--tasks NAME …] [--seeds 1,2,3] [--output DIR]
+    python -m examples.pocket.maps [--tuners NAME …] [--tasks NAME …] [--seeds 1,2,3] [--output DIR]
 
 On base-class test pictures with random backgrounds. A map's mask is its patches above the mean, as
 `foreground="attention"` makes it (IoU with the true mask); pointing asks whether its largest value, enlarged to pixels,
@@ -11,6 +11,7 @@ and D_fg once more at plain CLIP's entropy, since a flatter softmax lowers it fo
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,9 +31,9 @@ from fvg_adapter.data import collate
 from fvg_adapter.features import attention_in_mask
 from fvg_adapter.foreground import attention_mask_from_map, foreground_view
 from fvg_adapter.train import fit
-from fvg_adapter.tuners import MMRL, CoOp, PromptSRC, ZeroShot
+from fvg_adapter.tuners import MMRL, CoOp, KgCoOp, LoRA, PromptSRC, ZeroShot
 
-TUNERS = {"coop": CoOp, "promptsrc": PromptSRC, "mmrl": MMRL}
+TUNERS = {"coop": CoOp, "kgcoop": KgCoOp, "promptsrc": PromptSRC, "mmrl": MMRL, "lora": LoRA}
 Figures = dict[str, dict[str, float]]
 
 
@@ -103,7 +104,7 @@ def divergences(whole: Tensor, view: Tensor, wanted: float | None) -> dict[str, 
     return found
 
 
-def run_task(task: str, seeds: Sequence[int]) -> dict[str, Any]:
+def run_task(task: str, seeds: Sequence[int], tuners: Sequence[str] = tuple(TUNERS)) -> dict[str, Any]:
     """{"maps": {model: {map: {figure: [a value a seed]}}}, "shift": {model: {figure: [a value a seed]}}}."""
     record: dict[str, Any] = {"maps": {}, "shift": {}}
     clip, tokenizer = pocket_clip()
@@ -114,10 +115,10 @@ def run_task(task: str, seeds: Sequence[int]) -> dict[str, Any]:
         _keep(record, "CLIP", plain, tests, None)
         wanted = record["shift"]["CLIP"]["entropy"][-1]
         plain.detach()
-        for kind, made in TUNERS.items():
+        for kind in tuners:
             torch.manual_seed(seed)
-            tuner = made(clip, tokenizer, split.base_classes, **SETTINGS[kind].options)  # type: ignore[operator]
-            bank = FeatureBank.encode(tuner, split.train, views=4, seed=seed) if kind == "coop" else split.train
+            tuner = TUNERS[kind](clip, tokenizer, split.base_classes, **SETTINGS[kind].options)  # type: ignore[operator]
+            bank = FeatureBank.encode(tuner, split.train, views=4, seed=seed) if "coop" in kind else split.train
             fit(tuner, bank, recipe=stages(kind)["tune"], seed=seed)
             name = SETTINGS[kind].name
             _keep(record, name, tuner, tests, wanted)
@@ -144,18 +145,23 @@ def _keep(record: dict[str, Any], name: str, model: Any, tests: Any, wanted: flo
 def main() -> None:
     """Runs the tasks and writes maps.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tuners", nargs="*", default=list(TUNERS), choices=list(TUNERS))
     parser.add_argument("--tasks", nargs="*", default=list(THREE))
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--output", type=Path, default=MEASURED)
     options = parser.parse_args()
-    record = {}
+    target = options.output / "maps.json"
+    record = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
     for task in options.tasks:
-        record[task] = run_task(task, [int(s) for s in options.seeds.split(",")])
-        for name, maps in record[task]["maps"].items():
+        found = run_task(task, [int(s) for s in options.seeds.split(",")], options.tuners)
+        kept = record.setdefault(task, {"maps": {}, "shift": {}})
+        for part in kept:  # rows of other tuners stay
+            kept[part] |= found[part]
+        for name, maps in found["maps"].items():
             means = {k: {f: round(statistics.fmean(v), 2) for f, v in m.items()} for k, m in maps.items()}
-            shift = {f: round(statistics.fmean(v), 3) for f, v in record[task]["shift"][name].items()}
+            shift = {f: round(statistics.fmean(v), 3) for f, v in found["shift"][name].items()}
             print(task, name, means, shift, flush=True)
-        write_json(options.output / "maps.json", record)
+        write_json(target, record)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from fvg_adapter.cli.evaluating import evaluate_adapter
 from fvg_adapter.cli.informing import describe_adapter
 from fvg_adapter.cli.predicting import predict_images
 from fvg_adapter.cli.pushing import push_adapter
+from fvg_adapter.cli.showing import show_pictures
 from fvg_adapter.cli.training import train_and_compare
 
 __all__ = ["app", "main"]
@@ -32,6 +33,7 @@ app.command("info")(describe_adapter)
 app.command("push")(push_adapter)
 app.command("convert")(convert_checkpoint)
 app.command("audit")(audit_model)
+app.command("show")(show_pictures)
 
 
 def _version(wanted: bool) -> None:
@@ -57,6 +59,7 @@ def _about(
     fvg-adapter eval out/adapter pets --split test
     fvg-adapter predict out/adapter photo.jpg --classes "tabby cat,beagle"
     fvg-adapter push out/adapter me/pets-fvg --license mit
+    fvg-adapter show out/adapter photo.jpg --output before_after.png
     fvg-adapter audit out/adapter pets --output report
     fvg-adapter convert old/prompt_learner --classes @pets.txt --output new \\
         --model openai/clip-vit-base-patch16

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from fvg_adapter.cli.console import (
     AsJson,
@@ -19,24 +21,26 @@ from fvg_adapter.cli.console import (
     load_base,
     mistakes_told,
     prepare,
+    printable,
     say_progress,
     show,
     show_json,
 )
 
 SHORT = {
-    "pictures": "n",
-    "whole %": "whole",
-    "object alone %": "object",
-    "background alone %": "backgr.",
-    "lean, nats": "lean",
-    "evidence, t": "t",
-    "D_fg, nats": "D_fg",
-    "attention in mask": "att.",
-    "relevance in mask": "rel.",
-    "mask area": "area",
+    "name": ("class", "{}"),
+    "pictures": ("n", "{}"),
+    "whole": ("whole", "{:.0f}"),
+    "foreground": ("object", "{:.0f}"),
+    "background": ("backgr.", "{:.0f}"),
+    "lean": ("lean", "{:+.1f}"),
+    "evidence": ("t", "{:+.1f}"),
+    "d_fg": ("D_fg", "{:.2f}"),
+    "attention_in_mask": ("att.", "{:.2f}"),
+    "relevance_in_mask": ("rel.", "{:.2f}"),
+    "area": ("area", "{:.2f}"),
 }
-"""Headings that fit a terminal; the words of the report are longer."""
+"""Fields of `ClassAudit`, with headings and formats that fit 80 columns; the words of the report are longer."""
 
 
 @mistakes_told
@@ -76,7 +80,7 @@ def audit_model(
     from fvg_adapter.audit import audit
     from fvg_adapter.data import PairedTransform, open_dataset
     from fvg_adapter.replacing import written
-    from fvg_adapter.reports import COLUMNS, in_words, write_report
+    from fvg_adapter.reports import in_words, write_report
 
     loaded = _plain(adapter, template, place) if plain else load_adapter(adapter, model, place)
     encoder = getattr(loaded, "tuner", loaded).encoder
@@ -99,15 +103,28 @@ def audit_model(
         show_json(record)
         return
     show(in_words(found))
-    table = Table()
-    for number, (head, _, _) in enumerate(COLUMNS):
-        table.add_column(SHORT.get(head, head), justify="left" if number == 0 else "right", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    for name, (head, _) in SHORT.items():
+        first = name == "name"
+        table.add_column(head, justify="left" if first else "right", no_wrap=True, overflow="ellipsis")
     for row in [*found.classes[:top], found.summary]:
-        table.add_row(*(form.format(getattr(row, name)) for _, name, form in COLUMNS))
+        table.add_row(*(Text(printable(form.format(getattr(row, name)))) for name, (_, form) in SHORT.items()))
     show(table)
-    show("whole, object, backgr.: percent right on each alone; att., rel.: attention and relevance inside the mask")
+    show(
+        "\nwhole, object, backgr.: percent right on each alone. lean: nats that a class gains on its own backgrounds; "
+        "t: in standard errors. att., rel.: shares of attention and relevance inside the mask, beside its area.\n"
+    )
     for picture in found.leaning(top):
-        show(f"{picture.name}: {picture.label}; background alone says {picture.answer_background}")
+        alone = f"background alone says {picture.answer_background}"
+        show(f"{_short(picture.name, data)}: {picture.label} ({picture.lean:+.1f}); {alone}")
+    if output is not None:
+        show(f"\n{output / 'report.html'}")
+
+
+def _short(name: str, data: str) -> str:
+    """A picture's name below its data set's folder, where it lies there."""
+    path, root = Path(name), Path(data).resolve()
+    return str(path.relative_to(root)) if root in path.parents else name
 
 
 def _plain(name: str, template: str, place: str) -> Any:

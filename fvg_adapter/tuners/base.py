@@ -29,7 +29,7 @@ from fvg_adapter.tuners.arguments import check_arguments
 from fvg_adapter.tuners.cache import TextCache, parameters_of, remembered
 from fvg_adapter.tuners.class_lists import Block
 from fvg_adapter.tuners.encoding import encode_in_passes
-from fvg_adapter.tuners.passes import own_pass, untouched
+from fvg_adapter.tuners.passes import is_untouched, own_pass, untouched
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Prompts, check_classes, check_template, fill, tokenize
 from fvg_adapter.untrusted import made_for
 
@@ -201,6 +201,11 @@ class Tuner(nn.Module, Pretrained):
         with untouched():
             return self._plain_image_features(pixel_values)
 
+    @property
+    def prior_is_clip(self) -> bool:
+        """Whether the prior is the CLIP at hand, so that one can see where it looks."""
+        return True
+
     def prior_text_features(self) -> Tensor:
         """The plain CLIP's text features g_CLIP (C, D) of the template with each class name, without gradient."""
 
@@ -358,9 +363,10 @@ class Tuner(nn.Module, Pretrained):
 
     # -- life ------------------------------------------------------------------------------------------------------
 
-    def attention_target(self) -> tuple[nn.Module, Callable[[int], int]]:
-        """For `record_attention`: the model to hook, and where the patches begin in the tokens of a layer."""
-        return self.clip, self.first_patch
+    def attention_target(self) -> tuple[nn.Module, Callable[[int], int], Callable[[], bool]]:
+        """For `record_attention`: the model to hook, where the patches begin in the tokens of a layer, and whether a
+        pass is one of the untouched CLIP, which is not the tuner's."""
+        return self.clip, self.first_patch, is_untouched
 
     def first_patch(self, layer: int) -> int:
         """Index of the first patch token among the tokens that enter layer `layer` (0-based)."""

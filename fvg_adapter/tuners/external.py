@@ -130,6 +130,11 @@ class External(Tuner):
         """Tuned text features (C, D) of the current classes, unit length."""
         return self._asked("tuned", self._functions[1], "text_features", self.encoder.feature_dim)
 
+    @property
+    def prior_is_clip(self) -> bool:
+        """Whether the prior is the CLIP at hand, and no function of the user's."""
+        return self._functions[2] is None
+
     @torch.no_grad()
     def prior_image_features(self, pixel_values: Tensor) -> Tensor:
         """The plain model's image features, unit length, without gradient."""

@@ -21,12 +21,17 @@ _MARK = "_fvg_pass"
 
 
 @contextlib.contextmanager
-def untouched() -> Iterator[None]:
-    """Suspends every tuner's hooks in this thread: inside, a CLIP is the CLIP that it was. Gradients are off."""
+def untouched(*, gradients: bool = False) -> Iterator[None]:
+    """Suspends every tuner's hooks in this thread: inside, a CLIP is the CLIP that it was.
+
+    Args:
+        gradients: whether a graph is kept. Only where no layer is checkpointed: it may be computed again on another
+            thread, where nothing is suspended.
+    """
     before = getattr(_THREAD, "untouched", 0)
     _THREAD.untouched = before + 1
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             yield
     finally:
         _THREAD.untouched = before
