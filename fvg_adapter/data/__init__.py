@@ -21,7 +21,8 @@ from fvg_adapter.data.folder import MaskedImageFolder, Sample
 from fvg_adapter.data.hub import MaskedHubDataset, load_hub
 from fvg_adapter.data.listed import ListedDataset
 from fvg_adapter.data.loading import collate, open_dataset
-from fvg_adapter.data.paper_sets import ELEVEN, PAPER_SETS, VARIANTS, PaperSet, open_paper_set, open_release, paper_set
+from fvg_adapter.data.paper_layouts import PaperSet
+from fvg_adapter.data.paper_sets import ELEVEN, PAPER_SETS, VARIANTS, open_paper_set, open_release, paper_set
 from fvg_adapter.data.splits import base_new_split, few_shot_indices, select_classes
 from fvg_adapter.data.transforms import CLIP_MEAN, CLIP_STD, PairedTransform, transform_for
 

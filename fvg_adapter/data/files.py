@@ -68,7 +68,8 @@ class LocalFiles(Files):
     def content(self, folder: str) -> tuple[frozenset[str], frozenset[str]]:
         """See Files.content."""
         if folder not in self._content:
-            folders, files = set(), set()
+            folders: set[str] = set()
+            files: set[str] = set()
             place = self.root / folder
             if place.is_dir():
                 with os.scandir(place) as entries:
