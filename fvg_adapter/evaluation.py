@@ -130,7 +130,7 @@ def score(
         batch_size: images encoded at once. groups: as in `evaluate`, of each image.
 
     Returns:
-        accuracy, worst_class, worst_group (with `groups`), ece in percent; d_fg, entropy in nats; attention_in_mask: see `evaluate`.
+        accuracy, worst_class, worst_group (with `groups`), ece in percent; d_fg, entropy in nats; attention_in_mask.
 
     Raises:
         FVGError: a set without class names, an unknown branch, or a bank that does not fit.
@@ -143,7 +143,8 @@ def score(
         check_labels(torch.tensor(bank.labels), len(names), len(bank))
         found = _scored(model, bank, names, branch, groups)
     means = {"d_fg": _mean([found["d_fg"]]), "entropy": _mean([found["entropy"]])}
-    figures = {name: found[name] for name in ("accuracy", "worst_class", "worst_group", "ece") if name in found}
+    names_of = [n for n in ("accuracy", "worst_class", "worst_group", "ece") if n in found]
+    figures: dict[str, float] = {name: found[name] for name in names_of}
     return {**figures, **means, "attention_in_mask": _mean([found["attention"]])}
 
 

@@ -12,6 +12,7 @@ from fvg_adapter.cli.converting import convert_checkpoint
 from fvg_adapter.cli.evaluating import evaluate_adapter
 from fvg_adapter.cli.informing import describe_adapter
 from fvg_adapter.cli.predicting import predict_images
+from fvg_adapter.cli.reproducing import reproduce_tables
 from fvg_adapter.cli.training import train_and_compare
 
 __all__ = ["app", "main"]
@@ -30,6 +31,7 @@ app.command("predict")(predict_images)
 app.command("info")(describe_adapter)
 app.command("convert")(convert_checkpoint)
 app.command("audit")(audit_model)
+app.command("reproduce")(reproduce_tables)
 
 
 def _version(wanted: bool) -> None:
@@ -56,6 +58,8 @@ def _about(
     fvg-adapter predict out/adapter photo.jpg --classes "tabby cat,beagle"
     fvg-adapter audit out/adapter pets --output report
     fvg-adapter convert old/prompt_learner --classes @pets.txt --output new \\
+        --model openai/clip-vit-base-patch16
+    fvg-adapter reproduce base-to-new --data DATA --output tables \\
         --model openai/clip-vit-base-patch16
 
     Results go to stdout (with --json: one JSON document and nothing else),
