@@ -157,6 +157,7 @@ def reproduce_tables(
         precision=precision,
         foreground=foreground,
         banks=banks,
+        imports=[name for name in split_names(tuners) if ":" in name],
     )
     outcome = run(plan, functools.partial(load_base, base, place), processes=processes, progress=say)
     files = {"results": str(output / "results.csv"), "tables": str(output / "tables.md")}

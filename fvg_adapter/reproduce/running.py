@@ -20,6 +20,7 @@ from fvg_adapter.reproduce.tables import write_tables
 from fvg_adapter.reproduce.tidy import read_tidy, write_tidy
 from fvg_adapter.reproduce.units import Plan, Unit, dataset_of, unit_record
 from fvg_adapter.results import Results, write_json
+from fvg_adapter.tuners import tuner_named
 
 Load = Callable[[], tuple[Any, Any]]
 """Gives the base model and its tokenizer; a function that another process can import."""
@@ -130,6 +131,8 @@ def run_units(plan: Plan, load: Load, units: Sequence[Unit]) -> Finished:
     for unit in units:
         groups.setdefault((unit.tuner, unit.shots), []).append(unit)
     model: tuple[Any, Any] | None = None
+    for name in plan.imports:
+        tuner_named(name)
     for group in groups.values():
         try:
             model = model or load()

@@ -58,7 +58,8 @@ class Plan:
         views: in a FeatureBank; 0 trains in the loop. controls: score them too.
         config: FVG-PT's. precision: autocast. foreground: where masks come from where there are none.
         model: what messages and files call the base model. output: the folder.
-        banks: keep encoded features in OUTPUT/banks.
+        banks: keep encoded features in OUTPUT/banks. imports: tuners of one's own, "package.module:Class", which every
+            process must know.
     """
 
     protocol: str
@@ -76,6 +77,7 @@ class Plan:
     precision: str = "no"
     foreground: str = "given"
     banks: bool = True
+    imports: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
