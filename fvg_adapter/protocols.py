@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from fvg_adapter.config import FVGConfig
+from fvg_adapter.data import paper_set
 from fvg_adapter.errors import FVGError
 from fvg_adapter.pictures import Drawing, Source, Split, base_to_new_split, whole_split
 from fvg_adapter.results import Results
@@ -187,7 +188,10 @@ def cross_dataset(
 
     def pictures(drawing: Drawing) -> Split:
         whole = whole_split(data, dataclasses.replace(drawing, dataset=dataset), (test_split,))
-        others = {name: (drawing.test(place, "test", name).drop_unreadable(),) for name, place in targets.items()}
+        known = {name: name if paper_set(name) is not None else None for name in targets}
+        others = {
+            name: (drawing.test(place, "test", known[name]).drop_unreadable(),) for name, place in targets.items()
+        }
         return dataclasses.replace(
             whole, tests={**whole.tests, **others}, branches=dict.fromkeys(others, "new"), templates=templates or {}
         )
