@@ -1,4 +1,5 @@
-"""evaluate: base, new, HM and joint accuracy, D_fg with the entropy beside it, attention inside the mask, calibration.
+"""evaluate: base, new, HM and joint accuracy, D_fg with the entropy beside it, attention inside the mask, calibration,
+and the worst class and group; score: the same of one set among its own classes.
 
 METHOD.md sections 6, 8 and 11. Images are encoded once; every figure is worked out from the features.
 """
@@ -40,6 +41,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     branches: tuple[str, str] = ("base", "new"),
+    groups: tuple[Sequence[Any], Sequence[Any]] | None = None,
 ) -> dict[str, float]:
     """Scores a model on tuned and unseen classes; restores class list and mode as found.
 
@@ -50,6 +52,7 @@ def evaluate(
         batch_size: images encoded at once.
         branches: what scores base and new classes of an FVGModel: "base" (z_FDC), "new" (z_PC) or "tuner" (z_full). The
             paper's ablation uses others than the default.
+        groups: of each image of both sets, which group it belongs to beside its class: a background, a camera, a place.
 
     Returns:
         base, new: accuracy in percent, each among its own classes. hm: their harmonic mean.
@@ -59,7 +62,10 @@ def evaluate(
         attention_in_mask: mean share of the attention (of `config.attention_layers`; a tuner's: the last layer) inside
             the mask, in [0, 1]. NaN without masks.
         ece: expected calibration error in percent, 15 bins, of base and of new predictions, weighted by their number
-            (torchmetrics).
+            (torchmetrics). joint_ece: the same of the predictions among all classes.
+        worst_class: the lowest accuracy of a class in percent, each among its own classes (the lower of base and new);
+            joint_worst_class: the same among all classes.
+        worst_group: the lowest accuracy of a class within a group, each among its own classes; only with `groups`.
 
     Raises:
         FVGError: a set without class names, base and new sets that share classes, an unknown branch, or a bank that was
@@ -76,13 +82,14 @@ def evaluate(
         banks = [_bank(model, data, batch_size) for data in (base_set, new_set)]
         for bank, classes in zip(banks, names, strict=True):
             check_labels(torch.tensor(bank.labels), len(classes), len(bank))
-        own = [_scored(model, b, c, branch) for b, c, branch in zip(banks, names, branches, strict=True)]
+        told = groups or (None, None)
+        own = [_scored(model, *given) for given in zip(banks, names, branches, told, strict=True)]
         everything = [*names[0], *names[1]]
         offsets = (0, len(names[0]))
-        joint = [
-            _accuracy(_joint_logits(model, bank, everything, branches), [label + offset for label in bank.labels])
-            for bank, offset in zip(banks, offsets, strict=True)
-        ]
+        labels = [[y + offset for y in bank.labels] for bank, offset in zip(banks, offsets, strict=True)]
+        logits = [_joint_logits(model, bank, everything, branches) for bank in banks]
+    joint = [_accuracy(z, y) for z, y in zip(logits, labels, strict=True)]
+    everywhere, truth = torch.cat(logits), [*labels[0], *labels[1]]
     base, new = (s["accuracy"] for s in own)
     return {
         "base": base,
@@ -95,20 +102,74 @@ def evaluate(
         "entropy": _mean([s["entropy"] for s in own]),
         "attention_in_mask": _mean([s["attention"] for s in own]),
         "ece": sum(s["ece"] * len(b) for s, b in zip(own, banks, strict=True)) / sum(map(len, banks)),
+        "joint_ece": _calibration_error(everywhere.softmax(-1), torch.tensor(truth)),
+        "worst_class": min(s["worst_class"] for s in own),
+        "joint_worst_class": _worst(everywhere, truth, truth),
+        **({} if groups is None else {"worst_group": min(s["worst_group"] for s in own)}),
     }
 
 
-def _scored(model: FVGModel | Tuner, bank: FeatureBank, classes: Sequence[str], branch: str) -> dict[str, Any]:
+@torch.no_grad()
+def score(
+    model: FVGModel | Tuner,
+    data: Any,
+    *,
+    branch: str = "base",
+    batch_size: int = 64,
+    groups: Sequence[Any] | None = None,
+) -> dict[str, float]:
+    """Scores a model on one set among its own classes by one branch, whatever classes were tuned on.
+
+    Few-shot scoring uses "base", scoring on another data set "new" (METHOD.md section 10). Class list and mode are
+    restored.
+
+    Args:
+        model: an FVGModel or a tuner.
+        data: a data set with `classes`, or a FeatureBank of one; see `evaluate`.
+        branch: "base" (z_FDC), "new" (z_PC) or "tuner" (z_full); a tuner's "new" is what it has for unseen classes.
+        batch_size: images encoded at once. groups: as in `evaluate`, of each image.
+
+    Returns:
+        accuracy, worst_class, worst_group (with `groups`), ece in percent; d_fg, entropy in nats; attention_in_mask.
+
+    Raises:
+        FVGError: a set without class names, an unknown branch, or a bank that does not fit.
+    """
+    if branch not in _BRANCHES:
+        raise FVGError(f"branch {branch!r} is unknown. {nearest(branch, _BRANCHES)}")
+    names = _classes_of(data, "data")
+    with _as_found(model):
+        bank = _bank(model, data, batch_size)
+        check_labels(torch.tensor(bank.labels), len(names), len(bank))
+        found = _scored(model, bank, names, branch, groups)
+    means = {"d_fg": _mean([found["d_fg"]]), "entropy": _mean([found["entropy"]])}
+    names_of = [n for n in ("accuracy", "worst_class", "worst_group", "ece") if n in found]
+    figures: dict[str, float] = {name: found[name] for name in names_of}
+    return {**figures, **means, "attention_in_mask": _mean([found["attention"]])}
+
+
+def _scored(
+    model: FVGModel | Tuner,
+    bank: FeatureBank,
+    classes: Sequence[str],
+    branch: str,
+    groups: Sequence[Any] | None = None,
+) -> dict[str, Any]:
     """Figures of one set among its own classes; foreground figures per usable image."""
+    if groups is not None and len(groups) != len(bank):
+        raise FVGError(f"{len(bank)} images came with {len(groups)} groups; one for each is expected.")
     logits = _logits(model, bank, classes, branch)
     empty = torch.empty(0)
     result: dict[str, Any] = {
         "accuracy": _accuracy(logits, bank.labels),
         "ece": _calibration_error(logits.softmax(-1), torch.tensor(bank.labels)),
+        "worst_class": _worst(logits, bank.labels, bank.labels),
         "d_fg": empty,
         "entropy": empty,
         "attention": empty,
     }
+    if groups is not None:
+        result["worst_group"] = _worst(logits, bank.labels, list(zip(bank.labels, groups, strict=True)))
     if "foreground" in bank.features:
         usable = bank.features["usable"][:, 0].bool()
         view = FeatureBank(_foreground_view(bank), bank.labels, bank.classes)
@@ -155,7 +216,7 @@ def _batch_logits(model: FVGModel | Tuner, features: dict[str, Tensor], branch: 
         prior = features.get("prior", features.get("image_new", features["image"]))
         return tuner.scores(prior, tuner.prior_text_features())
     if branch == "tuner" or not isinstance(model, FVGModel):
-        return tuner.scores(_tuner_features(tuner, features), tuner.text_features())
+        return tuner.scores(_tuner_features(tuner, features, branch), tuner.text_features())
     logits: Tensor = model(features=features, branch=branch).logits
     return logits
 
@@ -164,9 +225,9 @@ def _tuner_of(model: FVGModel | Tuner) -> Tuner:
     return model.tuner if isinstance(model, FVGModel) else model
 
 
-def _tuner_features(tuner: Tuner, features: dict[str, Tensor]) -> Tensor:
+def _tuner_features(tuner: Tuner, features: dict[str, Tensor], branch: str) -> Tensor:
     """A tuner whose branches differ (MMRL) scores classes it was not tuned on with its "new" features."""
-    seen = set(tuner.classes) <= set(tuner.base_classes)
+    seen = branch != "new" and set(tuner.classes) <= set(tuner.base_classes)
     return features["image"] if seen else features.get("image_new", features["image"])
 
 
@@ -205,6 +266,14 @@ def _classes_of(data: Any, what: str) -> list[str]:
 
 def _accuracy(logits: Tensor, labels: Sequence[int]) -> float:
     return 100.0 * float((logits.argmax(-1) == torch.tensor(labels)).float().mean())
+
+
+def _worst(logits: Tensor, labels: Sequence[int], cells: Sequence[Any]) -> float:
+    """The lowest accuracy of a cell of images in percent."""
+    right: dict[Any, list[bool]] = {}
+    for cell, hit in zip(cells, (logits.argmax(-1) == torch.tensor(labels)).tolist(), strict=True):
+        right.setdefault(cell, []).append(hit)
+    return 100.0 * min(sum(hits) / len(hits) for hits in right.values())
 
 
 def _mean(parts: list[Tensor]) -> float:

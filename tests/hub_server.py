@@ -180,6 +180,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def route(self, path: str) -> tuple[int, bytes, dict[str, str]]:
         """Status, body and headers of the answer."""
+        path = path.removeprefix("datasets/").replace("api/datasets/", "api/models/", 1)  # told apart by name alone
         if path.startswith("lfs/"):
             return self.lfs_object(path.removeprefix("lfs/"))
         if self.command == "POST" and path != "api/validate-yaml":

@@ -14,6 +14,7 @@ from conftest import CLASSES, NEW_CLASSES
 from fvg_adapter import FeatureBank, FVGModel, evaluate, wrap
 from fvg_adapter.data.controls import OtherMasks
 from fvg_adapter.errors import FVGError
+from fvg_adapter.evaluation import score
 from fvg_adapter.features import attention_in_mask
 from fvg_adapter.losses import kl_divergence, log_probs
 from fvg_adapter.tuners import CoOp
@@ -193,3 +194,65 @@ def test_features_come_without_masks_and_attention(model: FVGModel) -> None:
         model(**batch, foreground_mask=torch.ones(3, 32, 32))
     with pytest.raises(FVGError, match="lack 'image'"):
         model(features={"foreground": torch.zeros(3, 16)})
+
+
+def test_worst_class_and_group_and_joint_calibration_by_hand(model: FVGModel) -> None:
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    sets = Pictures(CLASSES, 12, 1), Pictures(NEW_CLASSES, 10, 2)
+    groups = [[i % 2 for i in range(len(data))] for data in sets]
+    found = evaluate(model, *sets, groups=(groups[0], groups[1]))
+    own: dict[Any, list[bool]] = {}
+    joint: dict[Any, list[bool]] = {}
+    cells: dict[Any, list[bool]] = {}
+    every, truth = [], []
+    model.eval()
+    for data, part, offset in zip(sets, groups, (0, len(CLASSES)), strict=True):
+        for i, item in enumerate(data):
+            label = item["labels"]
+            with torch.no_grad(), model.use_classes(data.classes):
+                hit = int(model(item["pixel_values"][None]).logits.argmax()) == label
+            own.setdefault((offset, label), []).append(hit)
+            cells.setdefault((offset, label, part[i]), []).append(hit)
+            with torch.no_grad(), model.use_classes([*CLASSES, *NEW_CLASSES]):
+                logits = model(item["pixel_values"][None]).logits
+            joint.setdefault((offset, label), []).append(int(logits.argmax()) == label + offset)
+            every.append(logits[0])
+            truth.append(label + offset)
+
+    def lowest(hits: dict[Any, list[bool]]) -> float:
+        return 100 * min(sum(h) / len(h) for h in hits.values())
+
+    assert found["worst_class"] == pytest.approx(lowest(own)) and found["worst_group"] == pytest.approx(lowest(cells))
+    assert found["joint_worst_class"] == pytest.approx(lowest(joint))
+    number = len(CLASSES) + len(NEW_CLASSES)
+    error = multiclass_calibration_error(
+        torch.stack(every).softmax(-1), torch.tensor(truth), num_classes=number, n_bins=15, norm="l1"
+    )
+    assert found["joint_ece"] == pytest.approx(100 * float(error), abs=1e-3)
+    with pytest.raises(FVGError, match="12 images came with 3 groups"):
+        evaluate(model, *sets, groups=([0] * 3, groups[1]))
+    assert "worst_group" not in evaluate(model, *sets)
+
+
+def test_score_asks_one_branch_whatever_was_tuned_on(model: FVGModel) -> None:
+    data = Pictures(CLASSES, 12, 1)
+    base, new, tuner = (score(model, data, branch=branch) for branch in ("base", "new", "tuner"))
+    both = evaluate(model, data, Pictures(NEW_CLASSES, 10, 2))
+    assert base["accuracy"] == both["base"] and len({base["entropy"], new["entropy"], tuner["entropy"]}) == 3
+    assert tuner == score(model.tuner, data)
+    with pytest.raises(FVGError, match="branch 'nwe'"):
+        score(model, data, branch="nwe")
+
+
+def test_mmrl_alone_scores_another_data_set_with_its_new_features(small_clip: CLIPModel, tokenizer: Any) -> None:
+    from fvg_adapter.tuners import MMRL
+
+    tuner = MMRL(small_clip, tokenizer, CLASSES, rep_layers=(1, 2), rep_dim=8)
+    data = Pictures(CLASSES, 6, 1)
+    base, new = (score(tuner, data, branch=branch)["entropy"] for branch in ("base", "new"))
+    assert base != new
+    with torch.no_grad():
+        rows = [tuner.logits(item["pixel_values"][None], branch="new").softmax(-1) for item in data]
+    expected = -torch.cat(rows).mul(torch.cat(rows).log()).sum(-1).mean()
+    assert new == pytest.approx(float(expected), abs=1e-4)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from examples.pocket import results, suite, tables, tasks, trust  # noqa: E402
 from fvg_adapter import FeatureBank, FVGConfig  # noqa: E402
 from fvg_adapter.data import MaskedImageFolder, PairedTransform  # noqa: E402
+from fvg_adapter.reproduce import statistics  # noqa: E402
 from fvg_adapter.tuners import TUNERS, ZeroShot  # noqa: E402
 
 POCKET = ROOT / "examples" / "pocket"
@@ -51,16 +52,16 @@ def test_spoiled_masks_are_a_quarter_of_the_training_masks_only() -> None:
 
 
 def test_sign_flip_by_hand() -> None:
-    assert tables.sign_flip([1.0, 1.0, 1.0]) == pytest.approx(2 / 8)
-    assert tables.sign_flip([1.0, -1.0]) == 1.0
-    assert tables.sign_flip([3.0, 1.0]) == pytest.approx(2 / 4)
+    assert statistics.sign_flip([1.0, 1.0, 1.0]) == pytest.approx(2 / 8)
+    assert statistics.sign_flip([1.0, -1.0]) == 1.0
+    assert statistics.sign_flip([3.0, 1.0]) == pytest.approx(2 / 4)
 
 
 def test_averages_and_paired_differences_by_hand() -> None:
     one = {"a": [1.0, 3.0], "b": [5.0, 7.0]}
     other = {"a": [1.0, 1.0], "b": [2.0, 2.0]}
-    assert tables.average(one) == (4.0, pytest.approx(2**0.5))  # per seed: 3 and 5
-    mean, spread, p, above = tables.paired(one, other)
+    assert statistics.average(one) == (4.0, pytest.approx(2**0.5))  # per seed: 3 and 5
+    mean, spread, p, above = statistics.paired(one, other)
     assert (mean, p, above) == (2.5, 0.5, 2)
     assert spread == pytest.approx(4.5**0.5)
 

@@ -2,17 +2,20 @@
 
     python -m examples.pocket.results [--tuners coop …] [--tasks NAME …] [--seeds 1,2,3] [--processes 2] [--output DIR]
 
-Each task is tuned once a seed and scored on `test` (random backgrounds), `test_swapped` (another class's training
-backgrounds) and `test_home` (the training backgrounds again). The figures of a tuner on a task lie in
-OUTPUT/<tuner>/<task>.json; what is there is not run again. The committed ones lie in `examples/pocket/measured`, so the
-page alone is a matter of a second.
+What is missing is run, a process a part, and then the page is written: the tuners' tables by `fvg_adapter.reproduce`
+(`suite.json`), the other sections by the modules in `FURTHER`. Each task is tuned once a seed and scored on `test`
+(random backgrounds), `test_swapped` (another class's training backgrounds) and `test_home` (the training backgrounds
+again). The figures of a tuner on a task lie in OUTPUT/<tuner>/<task>.json; what is there is not run again. The
+committed ones lie in `examples/pocket/measured`, so the page alone is a matter of a second.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from examples.pocket import tables
@@ -20,6 +23,12 @@ from examples.pocket.suite import HERE, SETTINGS, SPLITS, THREE, run
 
 PAGE = HERE.parent.parent / "docs" / "results.md"
 MEASURED = HERE / "measured"
+FURTHER = {
+    **{f"causes_{kind}.json": ("causes", "--tuners", kind) for kind in SETTINGS},
+    **{f"home_{kind}.json": ("home", "--tuners", kind) for kind in ("promptsrc", "mmrl")},
+    **{f"{name}.json": (name,) for name in ("trust", "maps", "planted", "loop_or_bank")},
+}
+"""Records of the other sections of the page: the module that measures each, and its options."""
 MAPS = """On base-class test pictures with random backgrounds (`python -m examples.pocket.maps`, one seed). IoU of the
 mask that a map makes (patches above its mean, as `foreground="attention"` does) with the true one; pointing: how often
 the map's largest value lies on the object; share: of the map's mass that lies inside the mask. The heads stand behind a
@@ -181,6 +190,18 @@ def looking(output: Path) -> list[str]:
     return parts
 
 
+def run_further(output: Path, further: Mapping[str, Sequence[str]] = FURTHER) -> list[str]:
+    """Measures the sections whose record is not there yet, each by its own module; returns which."""
+    missing = [name for name in further if not (output / name).exists()]
+    for name in missing:
+        module, *options = further[name]
+        command = [sys.executable, "-m", f"examples.pocket.{module}", "--output", str(output), *options]
+        subprocess.run(command, check=True, cwd=HERE.parent.parent)
+        if not (output / name).exists():
+            raise SystemExit(f"{' '.join(command)} has not written {name}.")
+    return missing
+
+
 def main() -> None:
     """Runs what is missing and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -196,6 +217,7 @@ def main() -> None:
     run(options.tuners, options.tasks, seeds, options.output, options.processes)
     print(f"measured in {time.monotonic() - start:.0f} s")
     if options.tasks is None and set(options.tuners) == set(SETTINGS):
+        run_further(options.output)
         options.page.write_text(page(options.output, seeds), encoding="utf-8")
         print(options.page)
 

@@ -1,13 +1,15 @@
-"""The arithmetic of docs/results.md: averages with their spread, paired differences with an exact test, as tables."""
+"""The tables of docs/results.md; their arithmetic is `fvg_adapter.reproduce.statistics`."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from fvg_adapter.reproduce.statistics import average, paired
+from fvg_adapter.reproduce.tables import header, line
 
 Values = dict[str, list[float]]
 """{task: [a value a seed]}"""
@@ -34,45 +36,11 @@ def gather(folder: Path, tasks: Sequence[str], split: str) -> Rows:
         record = json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))
         rows = record["also"].get(split) if split in record["also"] else record
         for row, figures in rows.items():
-            if row in ("also", "settings"):
+            if row in ("also", "settings", "cost"):
                 continue
             for metric in METRICS:
                 found.setdefault(row, {}).setdefault(metric, {})[task] = figures[metric]
     return found
-
-
-def average(by_task: Mapping[str, Sequence[float]]) -> tuple[float, float]:
-    """Mean over tasks and seeds, and the standard deviation over seeds of the average over tasks."""
-    per_seed = [statistics.fmean(values) for values in zip(*by_task.values(), strict=True)]
-    return statistics.fmean(per_seed), statistics.stdev(per_seed) if len(per_seed) > 1 else 0.0
-
-
-def paired(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> tuple[float, float, float, int]:
-    """Mean and standard deviation over tasks of the difference (seeds averaged), sign-flip p, and tasks above 0."""
-    differences = [statistics.fmean(one[t]) - statistics.fmean(other[t]) for t in one]
-    return (
-        statistics.fmean(differences),
-        statistics.stdev(differences) if len(differences) > 1 else 0.0,
-        sign_flip(differences),
-        sum(d > 0 for d in differences),
-    )
-
-
-def sign_flip(differences: Sequence[float]) -> float:
-    """Exact two-sided p: the share of all sign patterns whose mean is at least as far from 0."""
-    observed = abs(sum(differences)) - 1e-12
-    flips = itertools.product((1, -1), repeat=len(differences))
-    return statistics.fmean(abs(sum(s * d for s, d in zip(f, differences, strict=True))) >= observed for f in flips)
-
-
-def header(first: str, columns: Sequence[str]) -> list[str]:
-    """The two head lines of a Markdown table."""
-    return [f"| {first} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-
-
-def line(name: str, cells: Sequence[str]) -> str:
-    """A line of a Markdown table."""
-    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def main_table(rows: Rows, names: Mapping[str, str]) -> list[str]:

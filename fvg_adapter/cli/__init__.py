@@ -13,6 +13,7 @@ from fvg_adapter.cli.evaluating import evaluate_adapter
 from fvg_adapter.cli.informing import describe_adapter
 from fvg_adapter.cli.predicting import predict_images
 from fvg_adapter.cli.pushing import push_adapter
+from fvg_adapter.cli.reproducing import reproduce_tables
 from fvg_adapter.cli.showing import show_pictures
 from fvg_adapter.cli.training import train_and_compare
 
@@ -34,6 +35,7 @@ app.command("push")(push_adapter)
 app.command("convert")(convert_checkpoint)
 app.command("audit")(audit_model)
 app.command("show")(show_pictures)
+app.command("reproduce")(reproduce_tables)
 
 
 def _version(wanted: bool) -> None:
@@ -62,6 +64,8 @@ def _about(
     fvg-adapter show out/adapter photo.jpg --output before_after.png
     fvg-adapter audit out/adapter pets --output report
     fvg-adapter convert old/prompt_learner --classes @pets.txt --output new \\
+        --model openai/clip-vit-base-patch16
+    fvg-adapter reproduce base-to-new --data DATA --output tables \\
         --model openai/clip-vit-base-patch16
 
     Results go to stdout (with --json: one JSON document and nothing else),

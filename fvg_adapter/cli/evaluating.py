@@ -35,6 +35,10 @@ MEANINGS = {
     "entropy": "entropy on the same pictures, nats",
     "attention_in_mask": "attention inside the mask, share",
     "ece": "expected calibration error, percent",
+    "joint_ece": "calibration error among all classes, percent",
+    "worst_class": "worst class, accuracy among its own half, percent",
+    "joint_worst_class": "worst class among all classes, percent",
+    "worst_group": "worst class within a group, percent",
 }
 
 

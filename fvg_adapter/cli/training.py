@@ -131,7 +131,8 @@ def train_and_compare(
     harmonic mean of both accuracies; "joint HM" asks for all classes at once.
     The controls show what a gain owes to the foreground. With --output, the
     adapter of the first seed is kept. A data set of the paper (by its folder's
-    name, or --dataset) brings its own hand-written prompt and epochs.
+    name, or --dataset) brings its own hand-written prompt and epochs, and may
+    lie as CoOp or the authors' release have it (split_zhou_OxfordPets.json).
 
     \b
     DATA/train/<class>/a.jpg         16 of these a class are drawn
@@ -151,7 +152,7 @@ def train_and_compare(
     fvg-adapter train pets --model openai/clip-vit-base-patch16 \\
         --foreground attention --json > results.json
     """
-    numbers = _seeds(seeds)
+    numbers = seed_numbers(seeds)
     arguments = json_object(tuner_options)
     weights = {"lambda_distill": lambda_distill, "lambda_gate": lambda_gate, "lambda_new": lambda_new}
     if output is not None and output.exists() and not output.is_dir():
@@ -182,7 +183,7 @@ def train_and_compare(
         if not 0 < min_crop <= 1:
             raise FVGError(f"--min-crop must lie above 0 and not above 1, but is {min_crop}.")
         tune, heads = _cropped(tune, min_crop), _cropped(heads, min_crop)
-    settings = _config(config, weights, model)
+    settings = fvg_config(config, weights, model)
     tell = say_progress()
     if tell is not None:
         tell(f"tuner {kind}, prompt {template!r}, data set {dataset_name(dataset or Path(data).name)}")
@@ -191,6 +192,7 @@ def train_and_compare(
         clip,
         tokenizer,
         data,
+        dataset=dataset,
         tuner=kind,
         tuner_options={**recipe.arguments, "template": template, **arguments},
         shots=shots,
@@ -218,13 +220,19 @@ def train_and_compare(
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
-def _seeds(text: str) -> list[int]:
+def seed_numbers(text: str, option: str = "--seeds", least: int = 0) -> list[int]:
+    """Whole numbers separated by commas.
+
+    Raises:
+        FVGError: no numbers, one below `least`, or one given twice.
+    """
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        raise FVGError(f"--seeds {text!r} is no list of whole numbers; give them like 1,2,3.") from None
-    if min(numbers) < 0 or len(set(numbers)) < len(numbers):
-        raise FVGError(f"--seeds {text!r}: every seed must be 0 or more, and differ from the others.")
+        raise FVGError(f"{option} {text!r} is no list of whole numbers; give them like 1,2,3.") from None
+    if min(numbers) < least or len(set(numbers)) < len(numbers):
+        what = option.removeprefix("--").removesuffix("s")
+        raise FVGError(f"{option} {text!r}: every {what} must be {least} or more, and differ from the others.")
     return numbers
 
 
@@ -245,7 +253,7 @@ def _cropped(stage: Stage | None, smallest: float) -> Stage | None:
     return stage and dataclasses.replace(stage, crop_scale=(smallest, 1.0))
 
 
-def _config(path: Path | None, weights: dict[str, float | None], model: str) -> FVGConfig:
+def fvg_config(path: Path | None, weights: dict[str, float | None], model: str) -> FVGConfig:
     """FVGConfig from the file, the options (which win), and the normalisation of the model's preprocessor."""
     from fvg_adapter.config import FVGConfig
 

@@ -28,6 +28,10 @@ class UnreadableImageWarning(UserWarning):
     """Pictures were left out because they could not be decoded; the message counts them and names the first."""
 
 
+class ClassNameWarning(UserWarning):
+    """Two classes of a data set have one name; the message names them and what the second is called here."""
+
+
 def listed(names: Iterable[object], limit: int = _LISTED) -> str:
     """The first names of a list, and how many more there are: `'a', 'b' and 7 more`."""
     every = [str(name) for name in names]

@@ -12,23 +12,38 @@ from torch import Tensor
 
 from fvg_adapter.data.base import MaskedDataset
 from fvg_adapter.data.errors import DataError
+from fvg_adapter.data.files import Files
 from fvg_adapter.data.folder import MaskedImageFolder
 from fvg_adapter.data.hub import load_hub
+from fvg_adapter.data.paper_sets import laid_out, open_paper_set, paper_set
 
 
-def open_dataset(source: str | os.PathLike[str], split: str | None, **options: Any) -> MaskedDataset:
+def open_dataset(
+    source: str | os.PathLike[str] | Files, split: str | None, *, dataset: str | None = None, **options: Any
+) -> MaskedDataset:
     """An image folder if `source` is a path, otherwise a data set from the Hub.
 
+    A folder of CoOp's layout (a data set of the paper, with its split file) is read as `open_paper_set` does; any other
+    one as a MaskedImageFolder.
+
     Args:
-        source: path of a folder (see MaskedImageFolder), or the id of a data set.
+        source: path of a folder, the id of a data set, or the Files of the authors' release.
         split: name of the split; None only for folders.
-        options: masks, transform, classes for both; the column names and load options of load_hub for the Hub.
+        dataset: which data set of the paper it is, as in "oxford_pets"; by the folder's name if it is not given.
+        options: masks, transform, classes for folders; the column names and load options of load_hub for the Hub.
 
     Raises:
-        DataError: a path that does not exist, or whatever the two raise.
+        DataError: a path that does not exist, or whatever they raise.
     """
+    if isinstance(source, Files):
+        return open_paper_set(source, dataset or "", split or "", **options)
     name = os.fspath(source)
     folder = Path(name).expanduser()
+    known = dataset or Path(os.path.abspath(folder)).name  # noqa: PTH100
+    if split is not None and laid_out(folder, known):
+        return open_paper_set(folder, known, split, **options)
+    if split is not None and _lacks_something(folder, split, known, dataset is not None):
+        return open_paper_set(folder, known, split, **options)  # which says what
     if isinstance(source, os.PathLike) or folder.exists() or _looks_like_a_path(name):
         return MaskedImageFolder(folder, split, **options)
     if split is None:
@@ -37,6 +52,14 @@ def open_dataset(source: str | os.PathLike[str], split: str | None, **options: A
         return load_hub(name, split, **options)
     except DataError as error:
         raise DataError(f"{error} (There is no folder {name!r} here either.)") from error
+
+
+def _lacks_something(folder: Path, split: str, known: str, said: bool) -> bool:
+    """Whether this is meant to be a data set of the paper, as one can tell from what was said or what is there."""
+    found = paper_set(known)
+    if found is None or not folder.is_dir() or (folder / split).is_dir():
+        return False
+    return said or any(name and (folder / name).is_dir() for name in found.images)
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

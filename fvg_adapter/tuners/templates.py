@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fvg_adapter.data.paper_sets import PAPER_SETS
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE
 
@@ -96,18 +97,7 @@ PROMPTSRC_TEMPLATES: tuple[str, ...] = (
 )
 """The first 60 of OpenAI's public list of 80 prompts for ImageNet, "a photo of a {}." first (PromptSRC's teacher)."""
 
-_FOLDERS = {
-    "caltech-101": "Caltech101",
-    "dtd": "DescribableTextures",
-    "flowers102": "OxfordFlowers",
-    "lowers-102": "OxfordFlowers",  # (sic) the folder name in the released launcher
-    "oxford_flowers": "OxfordFlowers",
-    "pets": "OxfordPets",
-    "cars": "StanfordCars",
-    "imagenet_adversarial": "ImageNetA",
-    "imagenet_rendition": "ImageNetR",
-    "imagenet-1k": "ImageNet",
-}
+_FOLDERS = {folder: found.name for found in PAPER_SETS.values() for folder in found.folders}
 
 
 def template_for(dataset: str, templates: Mapping[str, str] = CLIP_TEMPLATES, *, default: str | None = None) -> str:
