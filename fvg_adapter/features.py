@@ -32,7 +32,7 @@ from fvg_adapter.bank_files import (
 )
 from fvg_adapter.data.randomness import drawn_under, randomness_kept, seed_of
 from fvg_adapter.errors import FVGError
-from fvg_adapter.foreground import resolve_source
+from fvg_adapter.foreground import resolve_source, source_name
 from fvg_adapter.model import FVGModel
 from fvg_adapter.tuners.base import Tuner
 
@@ -260,13 +260,14 @@ class _Work:
     def __call__(self, rows: range) -> tuple[dict[str, Tensor], list[int]]:
         """Features (n, K, …) by name, and labels, of these rows."""
         device = self.model.tuner.encoder.device
+        classes = list(getattr(self.dataset, "classes", self.model.classes))
         kept: list[list[dict[str, Tensor]]] = []
         labels: list[int] = []
         for k in range(self.views):
             parts = []
             source = _View(self.dataset, self.seed, k, rows)
             for batch in DataLoader(source, self.batch_size, num_workers=self.workers, collate_fn=_collate):
-                found = _encode(self.model, batch, device, self.measure)
+                found = _encode(self.model, batch, device, self.measure, classes)
                 parts.append({name: tensor.cpu() for name, tensor in found.items()})
                 if k == 0:
                     labels += batch["labels"].tolist()
@@ -283,6 +284,8 @@ def _settings_of(model: FVGModel, measure: bool, masks_given: bool) -> dict[str,
     """What decides the foreground views, beside the model."""
     config = model.config
     source = "given" if masks_given or measure else resolve_source(model.foreground)
+    if source == "callable":
+        source = f"callable {source_name(model.foreground)}"
     settings: dict[str, Any] = {
         "masks": source,
         "outside_mask": config.outside_mask,
@@ -360,11 +363,14 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return dict(batch)
 
 
-def _encode(model: FVGModel, batch: dict[str, Any], device: torch.device, measure: bool) -> dict[str, Tensor]:
+def _encode(
+    model: FVGModel, batch: dict[str, Any], device: torch.device, measure: bool, classes: Sequence[str]
+) -> dict[str, Tensor]:
     pixels = batch["pixel_values"].to(device)
     mask = batch.get("foreground_mask")
     mask = None if mask is None else mask.to(device)
-    views = model.views(pixels, mask, masks="given" if measure else "training", measure=measure)
+    names = [classes[label] for label in batch["labels"].tolist()] if callable(model.foreground) else None
+    views = model.views(pixels, mask, masks="given" if measure else "training", measure=measure, classes=names)
     found = {"image": views.base, "foreground": views.foreground, "mask_area": views.area, "usable": views.usable}
     if model.tuner.changes_images:
         found |= {"prior": views.prior, "foreground_prior": views.foreground_prior}

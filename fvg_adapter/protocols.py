@@ -28,6 +28,7 @@ from fvg_adapter.data.controls import OtherMasks
 from fvg_adapter.errors import FVGError
 from fvg_adapter.evaluation import evaluate
 from fvg_adapter.features import FeatureBank
+from fvg_adapter.foreground import ForegroundSource, source_name
 from fvg_adapter.model import FVGModel
 from fvg_adapter.towers import DualEncoder
 from fvg_adapter.train import fit
@@ -186,7 +187,7 @@ def base_to_new(
     also_test: Sequence[str] = (),
     controls: bool = True,
     ablation: bool = False,
-    foreground: str = "given",
+    foreground: str | ForegroundSource = "given",
     template: str = DEFAULT_TEMPLATE,
     config: FVGConfig | None = None,
     tune: Stage | None = None,
@@ -208,8 +209,9 @@ def base_to_new(
         test_split: which pictures to score. also_test: further splits, into `Results.also`.
         controls: score the controls too.
         ablation: score the rows of `ABLATION` too.
-        foreground: where masks come from in training when the data set has none: "given" (nowhere) or "attention". In a
-            data set that has masks, a picture without one trains with r = 0.
+        foreground: where masks come from in training when the data set has none: "given" (nowhere), "attention",
+            "whole", or a callable such as a `Segmenter`. In a data set that has masks, a picture without one trains
+            with r = 0.
         template: the prior's hand-written prompt. config: FVG-PT's hyperparameters.
         tune, heads: recipes of the two stages; the published ones of this tuner by default.
         precision: "no", "bf16" or "fp16" autocast in training.
@@ -289,7 +291,7 @@ class _Run:
     tune: Stage | None
     heads: Stage
     views: int
-    foreground: str
+    foreground: str | ForegroundSource
     controls: bool
     ablation: bool
     precision: str
@@ -407,7 +409,9 @@ def _ablation(
     ungated.release()
 
 
-def train_heads(run: _Run, tuner: Tuner, data: Any, seed: int, config: FVGConfig, foreground: str) -> FVGModel:
+def train_heads(
+    run: _Run, tuner: Tuner, data: Any, seed: int, config: FVGConfig, foreground: str | ForegroundSource
+) -> FVGModel:
     """FVG-PT's heads on a tuned, frozen tuner; one seed gives every configuration the same start and batches."""
     torch.manual_seed(seed)
     model = wrap(tuner, config=dataclasses.replace(config), foreground=foreground)
@@ -455,7 +459,7 @@ def _settings(
         "seeds": list(seeds),
         "views": run.views,
         "test_split": test_split,
-        "foreground": run.foreground,
+        "foreground": source_name(run.foreground),
         "tune": run.tune and dataclasses.asdict(run.tune),
         "heads": dataclasses.asdict(run.heads),
         "config": run.config.to_dict(),

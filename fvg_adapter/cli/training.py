@@ -51,7 +51,12 @@ def train_and_compare(
     ] = 4,
     test_split: Annotated[str, typer.Option(help="The pictures to score.")] = "test",
     foreground: Annotated[
-        str, typer.Option(help="Masks of pictures without a mask file: given (none), attention, or whole (x_fg = x).")
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="Masks, where the data has none: given (none), attention, whole (x_fg = x), a segmenter's id or folder "
+            "(DETECTOR+SAM for two), or package.module:callable.",
+        ),
     ] = "given",
     template: Annotated[
         str | None,
@@ -150,6 +155,9 @@ def train_and_compare(
     # no masks at hand: take the model's own attention
     fvg-adapter train pets --model openai/clip-vit-base-patch16 \\
         --foreground attention --json > results.json
+    # or a segmenter that is asked with the class names
+    fvg-adapter train pets --model openai/clip-vit-base-patch16 \\
+        --foreground CIDAS/clipseg-rd64-refined
     """
     numbers = _seeds(seeds)
     arguments = json_object(tuner_options)
@@ -157,17 +165,17 @@ def train_and_compare(
     if output is not None and output.exists() and not output.is_dir():
         raise FVGError(f"--output {output} is a file; give a folder.")
     place = prepare(device, threads)
-    from fvg_adapter.foreground import resolve_source
     from fvg_adapter.protocols import base_to_new
+    from fvg_adapter.segmenters import source_named
     from fvg_adapter.train import PRECISIONS
     from fvg_adapter.tuners import tuner_named
     from fvg_adapter.tuners.recipes import recipe_on
     from fvg_adapter.tuners.templates import dataset_name
 
-    resolve_source(foreground)
     if precision not in PRECISIONS:
         raise FVGError(f"--precision {precision!r} is unknown. {nearest(precision, PRECISIONS)}")
-    sys.path.insert(0, str(Path.cwd()))  # where a tuner of one's own lies
+    sys.path.insert(0, str(Path.cwd()))  # where a tuner or a source of one's own lies
+    source = source_named(foreground, device=place)
     kind = tuner_named(tuner).kind
     recipe = recipe_on(kind, dataset or Path(data).name)
     if template is None:
@@ -198,7 +206,7 @@ def train_and_compare(
         views=views,
         test_split=test_split,
         controls=controls,
-        foreground=foreground,
+        foreground=source,
         config=settings,
         tune=tune,
         heads=heads,
