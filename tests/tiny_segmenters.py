@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-SIDE = 32
+SIDE = 64
 CLIP_TEXT = {
     "vocab_size": 49408,
     "hidden_size": 16,
@@ -48,7 +48,13 @@ def _sam() -> nn.Module:
     vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8}
     vision |= {"output_channels": 16, "mlp_dim": 32, "global_attn_indexes": [1], "window_size": 2, "num_pos_feats": 8}
     prompt = {"hidden_size": 16, "image_size": SIDE, "patch_size": 8, "mask_input_channels": 4}
-    decoder = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 16, "iou_head_hidden_dim": 16}
+    decoder = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "mlp_dim": 16,
+        "iou_head_hidden_dim": 16,
+    }
     return transformers.SamModel(
         transformers.SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
     )
@@ -56,9 +62,15 @@ def _sam() -> nn.Module:
 
 def _sam2() -> nn.Module:
     hiera = {
-        "hidden_size": 8, "num_attention_heads": 1, "image_size": [2 * SIDE, 2 * SIDE], "blocks_per_stage": [1, 1, 2, 1],
-        "embed_dim_per_stage": [8, 16, 24, 32], "num_attention_heads_per_stage": [1, 1, 1, 1],
-        "window_size_per_stage": [8, 4, 4, 2], "global_attention_blocks": [3], "window_positional_embedding_background_size": [2, 2],
+        "hidden_size": 8,
+        "num_attention_heads": 1,
+        "image_size": [SIDE, SIDE],
+        "blocks_per_stage": [1, 1, 2, 1],
+        "embed_dim_per_stage": [8, 16, 24, 32],
+        "num_attention_heads_per_stage": [1, 1, 1, 1],
+        "window_size_per_stage": [8, 4, 4, 2],
+        "global_attention_blocks": [3],
+        "window_positional_embedding_background_size": [2, 2],
     }
     vision = {
         "backbone_config": {"model_type": "sam2_hiera_det_model", **hiera},
@@ -66,8 +78,14 @@ def _sam2() -> nn.Module:
         "fpn_hidden_size": 16,
         "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
     }
-    prompt = {"hidden_size": 16, "image_size": 2 * SIDE, "patch_size": 16, "mask_input_channels": 4}
-    decoder = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 16, "iou_head_hidden_dim": 16}
+    prompt = {"hidden_size": 16, "image_size": SIDE, "patch_size": 16, "mask_input_channels": 4}
+    decoder = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "mlp_dim": 16,
+        "iou_head_hidden_dim": 16,
+    }
     return transformers.Sam2Model(
         transformers.Sam2Config(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
     )
@@ -75,11 +93,22 @@ def _sam2() -> nn.Module:
 
 def _sam3() -> nn.Module:
     backbone = {
-        "model_type": "sam3_vit_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "image_size": SIDE, "pretrain_image_size": SIDE, "patch_size": 4, "window_size": 2,
+        "model_type": "sam3_vit_model",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": SIDE,
+        "pretrain_image_size": SIDE,
+        "patch_size": 8,
+        "window_size": 2,
         "global_attn_indexes": [1],
     }
-    vision = {"backbone_config": backbone, "fpn_hidden_size": 16, "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]]}
+    vision = {
+        "backbone_config": backbone,
+        "fpn_hidden_size": 16,
+        "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+    }
     small = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     return transformers.Sam3Model(
         transformers.Sam3Config(
@@ -96,43 +125,95 @@ def _sam3() -> nn.Module:
 def _grounding() -> nn.Module:
     config = transformers.GroundingDinoConfig(
         backbone_config=transformers.SwinConfig(**{**SWIN, "out_features": ["stage2", "stage3", "stage4"]}),
-        text_config={"model_type": "bert", "vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1,
-                     "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 64},
-        d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=24, decoder_ffn_dim=24, num_queries=6, num_feature_levels=4, max_text_len=16,
+        text_config={
+            "model_type": "bert",
+            "vocab_size": 99,
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "max_position_embeddings": 64,
+        },
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        num_queries=6,
+        num_feature_levels=4,
+        max_text_len=16,
     )
     return transformers.GroundingDinoForObjectDetection(config)
 
 
 def _segformer() -> nn.Module:
     config = transformers.SegformerConfig(
-        **FEW, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], decoder_hidden_size=16, num_attention_heads=[1, 1, 1, 1]
+        **FEW,
+        hidden_sizes=[8, 8, 16, 16],
+        depths=[1, 1, 1, 1],
+        decoder_hidden_size=16,
+        num_attention_heads=[1, 1, 1, 1],
     )
     return transformers.SegformerForSemanticSegmentation(config)
 
 
 def _mask2former() -> nn.Module:
     config = transformers.Mask2FormerConfig(
-        **FEW, backbone_config=transformers.SwinConfig(**SWIN_OUT), feature_size=32, mask_feature_size=32, hidden_dim=32,
-        encoder_feedforward_dim=24, encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=24, num_queries=5,
+        **FEW,
+        backbone_config=transformers.SwinConfig(**SWIN_OUT),
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=24,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        dim_feedforward=24,
+        num_queries=5,
     )
     return transformers.Mask2FormerForUniversalSegmentation(config)
 
 
 def _maskformer() -> nn.Module:
     config = transformers.MaskFormerConfig(
-        **FEW, backbone_config=transformers.SwinConfig(**SWIN_OUT), fpn_feature_size=32, mask_feature_size=32,
-        decoder_config=transformers.DetrConfig(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24,
-                                               decoder_ffn_dim=24, num_queries=5, encoder_attention_heads=2, decoder_attention_heads=2),
+        **FEW,
+        backbone_config=transformers.SwinConfig(**SWIN_OUT),
+        fpn_feature_size=32,
+        mask_feature_size=32,
+        decoder_config=transformers.DetrConfig(
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_ffn_dim=24,
+            decoder_ffn_dim=24,
+            num_queries=5,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+        ),
     )
     return transformers.MaskFormerForInstanceSegmentation(config)
 
 
 def _oneformer() -> nn.Module:
     config = transformers.OneFormerConfig(
-        **FEW, backbone_config=transformers.SwinConfig(**SWIN_OUT), num_queries=6, hidden_dim=32, mask_dim=32, conv_dim=32,
-        encoder_feedforward_dim=24, encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=24,
-        text_encoder_width=16, text_encoder_num_layers=1, text_encoder_context_length=77, task_seq_len=77, query_dec_layers=1,
+        **FEW,
+        backbone_config=transformers.SwinConfig(**SWIN_OUT),
+        num_queries=6,
+        hidden_dim=32,
+        mask_dim=32,
+        conv_dim=32,
+        encoder_feedforward_dim=24,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        dim_feedforward=24,
+        text_encoder_width=16,
+        text_encoder_num_layers=1,
+        text_encoder_context_length=77,
+        task_seq_len=77,
+        query_dec_layers=1,
         common_stride=4,
     )
     return transformers.OneFormerForUniversalSegmentation(config)
@@ -140,15 +221,31 @@ def _oneformer() -> nn.Module:
 
 def _eomt() -> nn.Module:
     config = transformers.EomtConfig(
-        **FEW, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, image_size=SIDE, patch_size=8,
-        num_blocks=1, num_queries=5, num_upscale_blocks=1,
+        **FEW,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=SIDE,
+        patch_size=8,
+        num_blocks=1,
+        num_queries=5,
+        num_upscale_blocks=1,
     )
     return transformers.EomtForUniversalSegmentation(config)
 
 
 BUILDERS: dict[str, Any] = {
-    "clipseg": _clipseg, "sam": _sam, "sam2": _sam2, "sam3": _sam3, "grounding-dino": _grounding, "segformer": _segformer,
-    "mask2former": _mask2former, "maskformer": _maskformer, "oneformer": _oneformer, "eomt": _eomt,
+    "clipseg": _clipseg,
+    "sam": _sam,
+    "sam2": _sam2,
+    "sam3": _sam3,
+    "grounding-dino": _grounding,
+    "segformer": _segformer,
+    "mask2former": _mask2former,
+    "maskformer": _maskformer,
+    "oneformer": _oneformer,
+    "eomt": _eomt,
 }
 NEEDS = {"sam3": "Sam3Model"}
 BUILT = [name for name in BUILDERS if name not in NEEDS or hasattr(transformers, NEEDS[name])]

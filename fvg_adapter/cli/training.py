@@ -54,7 +54,7 @@ def train_and_compare(
         str,
         typer.Option(
             metavar="SOURCE",
-            help="Masks, where the data has none: given (none), attention, whole (x_fg = x), a segmenter's id or folder "
+            help="Masks where the data has none: given (none), attention, whole (x_fg = x), a segmenter's id or folder "
             "(DETECTOR+SAM for two), or package.module:callable.",
         ),
     ] = "given",

@@ -1,7 +1,7 @@
 """Foreground masks from segmentation models: one source over transformers' families, for `wrap(…, foreground=…)`.
 
 ```python
-segmenter = Segmenter.from_pretrained("CIDAS/clipseg-rd64-refined")           # asked with the class name of each picture
+segmenter = Segmenter.from_pretrained("CIDAS/clipseg-rd64-refined")          # asked with the class name of each picture
 model = wrap(clip, tokenizer, classes, foreground=segmenter)
 ```
 """

@@ -1,7 +1,7 @@
 """How each family of transformers' segmenters is asked, and what its output says about the foreground.
 
-A family is a row of data and a function from frames to one map (B, h, w) in [0, 1] at whatever resolution the model has.
-Adding one is adding a row.
+A family is a row of data and a function from frames to one map (B, h, w) in [0, 1] at whatever resolution the
+model has. Adding one is adding a row.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ class Framing:
         if not self.letterbox:
             return self.side
         scale = min(self.side[0] / size[0], self.side[1] / size[1])
-        height, width = (min(limit, max(1, round(s * scale))) for s, limit in zip(size, self.side, strict=True))
+        # Two at least: torch (2.13) averages over the whole height where an antialiased width is one pixel.
+        height, width = (min(limit, max(2, round(s * scale))) for s, limit in zip(size, self.side, strict=True))
         return height, width
 
     def _normal(self, rgb: Tensor) -> Tensor:

@@ -8,9 +8,54 @@ from collections.abc import Mapping, Sequence
 from fvg_adapter.errors import FVGError, nearest
 
 STUFF: frozenset[str] = frozenset(
-    "background wall sky floor ceiling ground earth land terrain road street sidewalk pavement path runway dirt sand "
-    "gravel grass field playingfield hill mountain rock water sea river lake snow tree vegetation building house fence "
-    "railing railroad platform window windowpane door roof stairs rug unlabeled void other".split()
+    [
+        "background",
+        "wall",
+        "sky",
+        "floor",
+        "ceiling",
+        "ground",
+        "earth",
+        "land",
+        "terrain",
+        "road",
+        "street",
+        "sidewalk",
+        "pavement",
+        "path",
+        "runway",
+        "dirt",
+        "sand",
+        "gravel",
+        "grass",
+        "field",
+        "playingfield",
+        "hill",
+        "mountain",
+        "rock",
+        "water",
+        "sea",
+        "river",
+        "lake",
+        "snow",
+        "tree",
+        "vegetation",
+        "building",
+        "house",
+        "fence",
+        "railing",
+        "railroad",
+        "platform",
+        "window",
+        "windowpane",
+        "door",
+        "roof",
+        "stairs",
+        "rug",
+        "unlabeled",
+        "void",
+        "other",
+    ]
 )
 """First words of labels that are surroundings rather than objects: "wall-brick", "sky", "background", …"""
 

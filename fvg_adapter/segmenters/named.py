@@ -40,7 +40,7 @@ def source_named(name: str, *, device: Any = None, **options: Any) -> str | Fore
         return source
     if "/" not in name and not Path(name).exists():
         raise FVGError(
-            f"the foreground source {name!r} is unknown. {nearest(name, SOURCES)} Or give package.module:callable, or a "
-            "segmenter: a Hub id such as CIDAS/clipseg-rd64-refined, or a folder."
+            f"the foreground source {name!r} is unknown. {nearest(name, SOURCES)} Or give package.module:callable, or "
+            "a segmenter: a Hub id such as CIDAS/clipseg-rd64-refined, or a folder."
         )
     return Segmenter.from_pretrained(name, device=device, **options)

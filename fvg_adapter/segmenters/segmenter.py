@@ -28,7 +28,7 @@ class Segmenter:
     |---|---|---|
     | CLIPSeg | the class name | the probability of the prompt |
     | SAM 3 | the class name | all instances whose score reaches `score` |
-    | Grounding DINO and a SAM (SAM, SAM-HQ, SAM 2, SAM 3 tracker) | the class name | masks of up to 5 boxes that reach it |
+    | Grounding DINO and a SAM (1, HQ, 2, 3 tracker) | the class name | masks of up to 5 boxes that reach `score` |
     | a SAM alone | a grid of points | the main object: see `families.main_object` |
     | …ForSemanticSegmentation (SegFormer, DPT, BEiT, UperNet, …) | nothing | the probability of `labels` |
     | MaskFormer, Mask2Former, OneFormer, EoMT, DETR | nothing | the surest query of `labels` |
