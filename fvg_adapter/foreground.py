@@ -106,8 +106,8 @@ def source_name(source: Any) -> str:
     """What to call a source in messages and records: its own `identity`, or its name in code.
 
     Example:
-        >>> source_name("attention"), source_name(torch.relu)
-        ('attention', 'relu')
+        >>> source_name("attention"), source_name(mask_area)
+        ('attention', 'mask_area')
     """
     if isinstance(source, str):
         return source

@@ -67,6 +67,7 @@ class FVGModel(nn.Module, Pretrained):
         super().__init__()
         self.tuner = tuner
         self.config = config
+        self.foreground: str | ForegroundSource
         self.__dict__["foreground"] = foreground  # not as a part of the model, should it be a module
         self._source = source
         self.base_classes: tuple[str, ...] = tuple(base_classes or tuner.base_classes)

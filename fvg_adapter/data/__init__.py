@@ -9,7 +9,13 @@ loader = DataLoader(train.subset(shots).keep_classes(base), batch_size=4, shuffl
 """
 
 from fvg_adapter.data.base import MaskedDataset, Problem
-from fvg_adapter.data.errors import DataError, DataFileError, UnreadableImageError, UnreadableImageWarning
+from fvg_adapter.data.errors import (
+    DataError,
+    DataFileError,
+    SuspiciousMasksWarning,
+    UnreadableImageError,
+    UnreadableImageWarning,
+)
 from fvg_adapter.data.folder import MaskedImageFolder, Sample
 from fvg_adapter.data.hub import MaskedHubDataset, load_hub
 from fvg_adapter.data.loading import collate, open_dataset
@@ -27,6 +33,7 @@ __all__ = [
     "PairedTransform",
     "Problem",
     "Sample",
+    "SuspiciousMasksWarning",
     "UnreadableImageError",
     "UnreadableImageWarning",
     "base_new_split",

@@ -26,6 +26,10 @@ class UnreadableImageWarning(UserWarning):
     """Pictures were left out because they could not be decoded; the message counts them and names the first."""
 
 
+class SuspiciousMasksWarning(UserWarning):
+    """Most foreground masks of a data set look inverted, misshapen or unlike masks; the message counts them."""
+
+
 def listed(names: Iterable[object], limit: int = _LISTED) -> str:
     """The first names of a list, and how many more there are: `'a', 'b' and 7 more`."""
     every = [str(name) for name in names]

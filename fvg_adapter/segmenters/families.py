@@ -78,7 +78,8 @@ class Family:
 def _clipseg(part: Part, frames: Frames, names: Sequence[str] | None) -> Tensor:
     """CLIPSeg: one logit a pixel for the prompt."""
     logits = part.model(pixel_values=frames.pixels, **part.asked(names or (), padding=True)).logits
-    return logits.float().sigmoid().reshape(len(frames.sizes), *logits.shape[-2:])
+    found: Tensor = logits.float().sigmoid().reshape(len(frames.sizes), *logits.shape[-2:])
+    return found
 
 
 def _sam3(part: Part, frames: Frames, names: Sequence[str] | None) -> Tensor:
@@ -89,13 +90,13 @@ def _sam3(part: Part, frames: Frames, names: Sequence[str] | None) -> Tensor:
     scores = output.pred_logits.float().sigmoid()  # (B, Q)
     if output.presence_logits is not None:
         scores = scores * output.presence_logits.float().sigmoid()  # (B, Q) · (B, 1)
-    found = output.pred_masks.float().sigmoid() * (scores >= part.score)[..., None, None]  # (B, Q, h, w)
+    found: Tensor = output.pred_masks.float().sigmoid() * (scores >= part.score)[..., None, None]  # (B, Q, h, w)
     return found.amax(1)
 
 
 def _semantic(part: Part, frames: Frames, names: Sequence[str] | None) -> Tensor:
     """One logit a label and pixel: the probability of the foreground labels together."""
-    logits = part.model(pixel_values=frames.pixels).logits.float()  # (B, C, h, w)
+    logits: Tensor = part.model(pixel_values=frames.pixels).logits.float()  # (B, C, h, w)
     if logits.shape[1] == 1:
         return logits[:, 0].sigmoid()
     return logits.softmax(1)[:, list(part.foreground)].sum(1).clamp(0, 1)
@@ -115,7 +116,7 @@ def _universal(part: Part, frames: Frames, names: Sequence[str] | None) -> Tenso
     output = part.model(pixel_values=frames.pixels, **given)
     classes = output.get("class_queries_logits", output.get("logits"))  # (B, Q, C + 1), the last is "nothing"
     masks = output.get("masks_queries_logits", output.get("pred_masks"))  # (B, Q, h, w)
-    share = classes.float().softmax(-1)[..., list(part.foreground)].sum(-1).clamp(0, 1)  # (B, Q)
+    share: Tensor = classes.float().softmax(-1)[..., list(part.foreground)].sum(-1).clamp(0, 1)  # (B, Q)
     return (share[..., None, None] * masks.float().sigmoid()).amax(1)
 
 
@@ -173,7 +174,7 @@ def boxed(part: Part, frames: Frames, boxes: Tensor, kept: Tensor) -> Tensor:
     output = part.model(
         pixel_values=frames.pixels, input_boxes=boxes.to(frames.pixels) * filled[:, None], multimask_output=False
     )
-    masks = output.pred_masks.float()[:, :, 0].sigmoid()  # (B, n, 1, h, w) -> (B, n, h, w)
+    masks: Tensor = output.pred_masks.float()[:, :, 0].sigmoid()  # (B, n, 1, h, w) -> (B, n, h, w)
     return (masks * kept[..., None, None]).amax(1)
 
 

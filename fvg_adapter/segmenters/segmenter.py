@@ -138,7 +138,7 @@ class Segmenter:
 
         if detector is None and "+" in name and not Path(name).exists():
             detector, name = name.split("+", 1)
-        loading = {} if dtype is None else {"dtype": dtype}
+        loading: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         model = load_model(name, trust_remote_code=trust_remote_code, revision=revision, **loading)
         given: dict[str, Any] = {"processor": preprocessing(name, revision=revision), **options}
         kind = getattr(getattr(model, "config", None), "model_type", "")
@@ -267,7 +267,7 @@ def _part(
     if (family.prompted or oneformer) and tokenizer is None:
         raise FVGError(f"a {type(model).__name__} is asked with words; give its tokenizer, or load it from_pretrained.")
     own_size = getattr(getattr(config, "vision_config", config), "image_size", None) if family.fixed_size else None
-    if family.fixed_size and own_size is None:  # SAM 2 and SAM 3 say it further inside
+    if family.fixed_size and own_size is None and config is not None:  # SAM 2 and SAM 3 say it further inside
         own_size = getattr(getattr(config.vision_config, "backbone_config", None), "image_size", None)
     if side is not None and family.fixed_size:
         raise FVGError(f"a {type(model).__name__} takes pictures of its own size, {own_size}; leave side out.")
