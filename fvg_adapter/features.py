@@ -33,6 +33,7 @@ from fvg_adapter.bank_files import (
 from fvg_adapter.data.randomness import drawn_under, randomness_kept, seed_of
 from fvg_adapter.errors import FVGError
 from fvg_adapter.foreground import resolve_source, source_name
+from fvg_adapter.launched import Processes
 from fvg_adapter.model import FVGModel
 from fvg_adapter.tuners.base import Tuner
 
@@ -185,9 +186,16 @@ class FeatureBank(Dataset[dict[str, Any]]):
                 str(dtype).removeprefix("torch."),
                 rows_per_shard,
             )
-            rank, world, wait = _processes()
-            write_shards(Path(output), plan, lambda rows: work(rows)[0], rank=rank, world=world, wait=wait)
-            wait()
+            shared = Processes.launched()
+            write_shards(
+                Path(output),
+                plan,
+                lambda rows: work(rows)[0],
+                rank=shared.rank,
+                world=shared.world,
+                wait=shared.wait,
+            )
+            shared.wait()
         finally:
             if wrapped is not model:
                 wrapped.release()
@@ -314,16 +322,6 @@ def _labels_of(dataset: Any) -> list[int]:
             "a list of one class index an image."
         )
     return [int(label) for label in labels]
-
-
-def _processes() -> tuple[int, int, Callable[[], None]]:
-    """This process's rank, how many there are, and what waits for all of them."""
-    if "LOCAL_RANK" not in os.environ:
-        return 0, 1, lambda: None
-    from accelerate import PartialState
-
-    state = PartialState()
-    return state.process_index, state.num_processes, state.wait_for_everyone
 
 
 def fingerprint(model: FVGModel | Tuner) -> str:

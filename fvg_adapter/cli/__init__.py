@@ -11,6 +11,7 @@ from fvg_adapter.cli.auditing import audit_model
 from fvg_adapter.cli.converting import convert_checkpoint
 from fvg_adapter.cli.evaluating import evaluate_adapter
 from fvg_adapter.cli.informing import describe_adapter
+from fvg_adapter.cli.masking import write_mask_files
 from fvg_adapter.cli.predicting import predict_images
 from fvg_adapter.cli.training import train_and_compare
 
@@ -30,6 +31,7 @@ app.command("predict")(predict_images)
 app.command("info")(describe_adapter)
 app.command("convert")(convert_checkpoint)
 app.command("audit")(audit_model)
+app.command("masks")(write_mask_files)
 
 
 def _version(wanted: bool) -> None:
@@ -55,6 +57,7 @@ def _about(
     fvg-adapter eval out/adapter pets --split test
     fvg-adapter predict out/adapter photo.jpg --classes "tabby cat,beagle"
     fvg-adapter audit out/adapter pets --output report
+    fvg-adapter masks pets --source CIDAS/clipseg-rd64-refined
     fvg-adapter convert old/prompt_learner --classes @pets.txt --output new \\
         --model openai/clip-vit-base-patch16
 

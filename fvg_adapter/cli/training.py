@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,7 @@ from fvg_adapter.cli.console import (
     json_object,
     load_base,
     mistakes_told,
+    normalisation,
     prepare,
     read_json,
     say_progress,
@@ -264,22 +265,6 @@ def _config(path: Path | None, weights: dict[str, float | None], model: str) -> 
             raise FVGError(f"--config {path} has the unknown field {name!r}. {nearest(name, known)}")
     given = {name: value for name, value in weights.items() if value is not None}
     try:
-        return FVGConfig(**{**_normalisation(model), **fields, **given})
+        return FVGConfig(**{**normalisation(model), **fields, **given})
     except TypeError as error:
         raise FVGError(f"the configuration does not fit: {error}") from error
-
-
-def _normalisation(model: str) -> dict[str, Any]:
-    """Mean and deviation of the model's preprocessor; nothing (CLIP's) where it has none."""
-    from transformers.utils import cached_file
-
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        try:
-            found = cached_file(model, name)
-        except (OSError, ValueError):
-            continue
-        if found is not None:
-            content = read_json(Path(found), "the model's")
-            content = content.get("image_processor", content)
-            return {key: content[key] for key in ("image_mean", "image_std") if content.get(key)}
-    return {}

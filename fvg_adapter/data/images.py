@@ -111,7 +111,7 @@ def decode_mask(source: Any, name: str, picture: Picture) -> DecodedMask:
     """`read_mask`, with what was odd about the mask."""
     stored, own_orientation = _decode(source, name)
     mask = binary_mask(stored)
-    dark = stored.mode == "L" and LABEL_NOISE < stored.getextrema()[1] < 128
+    dark = stored.mode == "L" and LABEL_NOISE < int(np.asarray(stored).max(initial=0)) < 128
     if own_orientation == 1 and _made_for_stored(mask.size, picture):
         mask = mask.transpose(_UPRIGHT[picture.orientation])
     size = picture.image.size

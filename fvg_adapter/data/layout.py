@@ -38,6 +38,12 @@ def split_folder(root: Path, split: str | None) -> Path:
     return root / split
 
 
+def split_names(root: Path) -> list[str]:
+    """Names of the folders of a root that look like splits (train, val, test, test_swapped, …) and hold classes."""
+    named = [folder for folder in _folders(root) if folder.name.lower().startswith(_SPLIT_NAMES)]
+    return [folder.name for folder in named if class_folders(folder)]
+
+
 def class_folders(folder: Path) -> list[str]:
     """Names of the class folders of a split, sorted; a `mask` folder without pictures of its own is the mask tree."""
     names = [child.name for child in _folders(folder)]
