@@ -30,10 +30,12 @@ class Processes:
         """The launcher's processes; ourselves alone without one."""
         if "LOCAL_RANK" not in os.environ:
             return cls(0, 1, _nothing, list, _nothing)
+        import torch
         from accelerate import PartialState
         from accelerate.utils import gather_object
 
-        state = PartialState()
+        # Without cpu=True, processes on a machine that has nothing else would each take themselves for the only one.
+        state = PartialState(cpu=not torch.accelerator.is_available())
 
         def gather(own: list[Any]) -> list[Any]:
             return list(gather_object(own)) if state.num_processes > 1 else list(own)

@@ -117,7 +117,8 @@ def _universal(part: Part, frames: Frames, names: Sequence[str] | None) -> Tenso
     classes = output.get("class_queries_logits", output.get("logits"))  # (B, Q, C + 1), the last is "nothing"
     masks = output.get("masks_queries_logits", output.get("pred_masks"))  # (B, Q, h, w)
     share: Tensor = classes.float().softmax(-1)[..., list(part.foreground)].sum(-1).clamp(0, 1)  # (B, Q)
-    return (share[..., None, None] * masks.float().sigmoid()).amax(1)
+    found: Tensor = (share[..., None, None] * masks.float().sigmoid()).amax(1)
+    return found
 
 
 def _points(part: Part, frames: Frames, names: Sequence[str] | None) -> Tensor:

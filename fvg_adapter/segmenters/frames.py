@@ -123,7 +123,9 @@ def framing_of(processor: Any, default: Framing, image_size: int | Size | None) 
         FVGError: values that make no frame.
     """
     processor = getattr(processor, "image_processor", processor)
-    found: dict[str, Any] = processor if isinstance(processor, dict) else {k: getattr(processor, k, None) for k in _FIELDS}
+    found: dict[str, Any] = (
+        processor if isinstance(processor, dict) else {k: getattr(processor, k, None) for k in _FIELDS}
+    )
     found = found.get("image_processor") or found
     side = default.side
     size = image_size if image_size is not None else found.get("size")
