@@ -241,6 +241,16 @@ def test_masks_that_look_inverted_are_named(root: Path) -> None:
     assert "14 of all 14 foreground masks cover the border" in result.stderr
 
 
+def test_training_takes_a_source_by_name(root: Path, base: Path) -> None:
+    """Without mask files; the same as training on masks that the command wrote from that source would see."""
+    options = ("--model", base, "--shots", "2", "--seeds", "1", "--views", "2", "--tune-epochs", "1", "--epochs", "1")
+    result = run("train", root, *options, "--no-controls", "--json", *HERE, "--foreground", "mask_sources:by_name")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["settings"]["foreground"] == "by_name"
+    wrong = run("train", root, *options, "--foreground", "mask_sources:nothing")
+    assert wrong.exit_code == 2 and "could not be imported" in wrong.stderr
+
+
 # -- kills, processes --------------------------------------------------------------------------------------------------
 
 
