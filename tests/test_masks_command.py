@@ -328,6 +328,37 @@ def test_each_process_does_its_blocks_and_no_others(root: Path, tmp_path: Path) 
     assert asked == [4, 2, 4]
 
 
+def test_a_block_is_made_again_as_a_whole(root: Path, tmp_path: Path) -> None:
+    """Pictures that go through a model together may round differently from the same pictures alone."""
+    data = [MaskedImageFolder(root, masks="none")]
+
+    def make(pictures: Any, classes: Any) -> list[torch.Tensor]:
+        return [torch.full((p.height, p.width), len(pictures) > 2) for p in pictures]
+
+    write_masks(data, tmp_path / "out", make, {}, batch_size=5)
+    whole = files(tmp_path / "out")
+    (tmp_path / "out" / "train" / "cat" / "3.png").unlink()
+    (tmp_path / "out" / "train" / "cat" / "4.png").write_bytes(b"")  # what a full disk may leave
+    again = write_masks(data, tmp_path / "out", make, {}, batch_size=5)
+    assert (again.written, again.kept) == (2, 8)
+    assert files(tmp_path / "out") == whole
+
+
+def test_an_interrupted_write_leaves_no_mask(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [MaskedImageFolder(root, masks="none")]
+    save = Image.Image.save
+
+    def interrupted(self: Image.Image, target: Any, *rest: Any, **options: Any) -> None:
+        save(self, target, *rest, **options)
+        Path(target).write_bytes(Path(target).read_bytes()[:20])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_masks(data, tmp_path / "out", source_masks(lambda pixels: pixels[:, 0] > 0, 8), {})
+    assert not list((tmp_path / "out").rglob("[!.]*.png"))
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
