@@ -60,6 +60,15 @@ def test_most_masks_odd_is_said_once_with_counts(tmp_path: Path, kind: str) -> N
     assert said_about(folder(tmp_path / "fine", 6, 3, make)) == []  # half is not most
 
 
+def test_a_picture_that_is_looked_at_often_counts_once(tmp_path: Path) -> None:
+    data = MaskedImageFolder(folder(tmp_path, 40, 1, ODD["inverted"][0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(50):
+            data.raw(0)
+    assert data._watch is not None and data._watch.seen == 1
+
+
 def test_masks_of_another_resolution_are_not_odd(tmp_path: Path) -> None:
     assert said_about(folder(tmp_path, 4, 4, lambda mask: np.kron(mask, np.ones((2, 2), np.uint8)))) == []
     assert said_about(folder(tmp_path / "b", 4, 4, lambda mask: mask[::5, ::5])) == []  # 5 by 7: rounding

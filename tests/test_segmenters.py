@@ -230,13 +230,13 @@ def test_points_and_the_main_object_know_where_the_picture_ends() -> None:
 def test_a_map_of_the_frame_comes_back_where_it_was(letterbox: bool, size: tuple[int, int]) -> None:
     h, w = size
     array = np.zeros((h, w, 3), np.uint8)
-    array[: max(1, h // 2), : max(1, w // 2)] = 255
+    array[h // 2 :, w // 2 :] = 255
     framing = Framing((32, 32), (0, 0, 0), (1, 1, 1), letterbox)
     shown = framing.of_pictures([Image.fromarray(array)], "cpu", torch.float32)
     back = shown.back(shown.pixels[:, 0])[0]
     assert back.shape == (h, w)
     truth = torch.from_numpy(array[..., 0]) > 0
-    assert ((back > 0.5) == truth).float().mean() > (0.85 if min(size) > 3 else 0.6)
+    assert ((back > 0.5) == truth).float().mean() > (0.93 if min(size) > 3 else 0.6)
     pixels = torch.from_numpy(array).permute(2, 0, 1).float()[None] / 255
     same = framing.of_pixels(pixels, "cpu", torch.float32)
     assert same.filled == shown.filled and (same.pixels - shown.pixels).abs().max() < 0.02
