@@ -32,7 +32,8 @@ from fvg_adapter.bank_files import (
 )
 from fvg_adapter.data.randomness import drawn_under, randomness_kept, seed_of
 from fvg_adapter.errors import FVGError
-from fvg_adapter.foreground import resolve_source
+from fvg_adapter.foreground import resolve_source, source_name
+from fvg_adapter.launched import Processes
 from fvg_adapter.model import FVGModel
 from fvg_adapter.replacing import read_whole
 from fvg_adapter.tuners.base import Tuner
@@ -188,9 +189,16 @@ class FeatureBank(Dataset[dict[str, Any]]):
                 str(dtype).removeprefix("torch."),
                 rows_per_shard,
             )
-            rank, world, wait = _processes()
-            write_shards(Path(output), plan, lambda rows: work(rows)[0], rank=rank, world=world, wait=wait)
-            wait()
+            shared = Processes.launched()
+            write_shards(
+                Path(output),
+                plan,
+                lambda rows: work(rows)[0],
+                rank=shared.rank,
+                world=shared.world,
+                wait=shared.wait,
+            )
+            shared.wait()
         finally:
             if wrapped is not model:
                 wrapped.release()
@@ -276,13 +284,14 @@ class _Work:
     def __call__(self, rows: range) -> tuple[dict[str, Tensor], list[int]]:
         """Features (n, K, …) by name, and labels, of these rows."""
         device = self.model.tuner.encoder.device
+        classes = list(getattr(self.dataset, "classes", self.model.classes))
         kept: list[list[dict[str, Tensor]]] = []
         labels: list[int] = []
         for k in range(self.views):
             parts = []
             source = _View(self.dataset, self.seed, k, rows)
             for batch in DataLoader(source, self.batch_size, num_workers=self.workers, collate_fn=_collate):
-                found = _encode(self.model, batch, device, self.measure)
+                found = _encode(self.model, batch, device, self.measure, classes)
                 parts.append({name: tensor.cpu() for name, tensor in found.items()})
                 if k == 0:
                     labels += batch["labels"].tolist()
@@ -299,6 +308,8 @@ def _settings_of(model: FVGModel, measure: bool, masks_given: bool) -> dict[str,
     """What decides the foreground views, beside the model."""
     config = model.config
     source = "given" if masks_given or measure else resolve_source(model.foreground)
+    if source == "callable":
+        source = f"callable {source_name(model.foreground)}"
     settings: dict[str, Any] = {
         "masks": source,
         "outside_mask": config.outside_mask,
@@ -327,16 +338,6 @@ def _labels_of(dataset: Any) -> list[int]:
             "a list of one class index an image."
         )
     return [int(label) for label in labels]
-
-
-def _processes() -> tuple[int, int, Callable[[], None]]:
-    """This process's rank, how many there are, and what waits for all of them."""
-    if "LOCAL_RANK" not in os.environ:
-        return 0, 1, lambda: None
-    from accelerate import PartialState
-
-    state = PartialState()
-    return state.process_index, state.num_processes, state.wait_for_everyone
 
 
 def fingerprint(model: FVGModel | Tuner) -> str:
@@ -376,11 +377,14 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return dict(batch)
 
 
-def _encode(model: FVGModel, batch: dict[str, Any], device: torch.device, measure: bool) -> dict[str, Tensor]:
+def _encode(
+    model: FVGModel, batch: dict[str, Any], device: torch.device, measure: bool, classes: Sequence[str]
+) -> dict[str, Tensor]:
     pixels = batch["pixel_values"].to(device)
     mask = batch.get("foreground_mask")
     mask = None if mask is None else mask.to(device)
-    views = model.views(pixels, mask, masks="given" if measure else "training", measure=measure)
+    names = [classes[label] for label in batch["labels"].tolist()] if callable(model.foreground) else None
+    views = model.views(pixels, mask, masks="given" if measure else "training", measure=measure, classes=names)
     found = {"image": views.base, "foreground": views.foreground, "mask_area": views.area, "usable": views.usable}
     if model.tuner.changes_images:
         found |= {"prior": views.prior, "foreground_prior": views.foreground_prior}

@@ -6,7 +6,8 @@ a callable such as a segmenter. Imports masks and config, and PIL when a file is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,10 +26,12 @@ __all__ = [
     "attention_mask_from_map",
     "foreground_view",
     "mask_area",
+    "masks_from",
     "mirrored_mask_path",
     "prepare_mask",
     "read_mask",
     "resolve_source",
+    "source_name",
     "usable_mask",
 ]
 
@@ -41,11 +44,83 @@ MASK_FOLDER = "mask"
 class ForegroundSource(Protocol):
     """A callable that makes masks: normalised images (B, 3, H, W) to masks (B, H, W) or (B, 1, H, W).
 
-    Values as in `prepare_mask`: bool, floats in [0, 1] or integers, at any resolution.
+    Values as in `prepare_mask`: bool, floats in [0, 1] or integers, at any resolution. A source may ask for more by
+    having parameters of these names (see `masks_from`): `classes`, the class name of each picture, and `image_mean` and
+    `image_std`, the normalisation of the pixels.
     """
 
     def __call__(self, pixel_values: Tensor, /) -> Tensor:
         """Masks of a batch of images."""
+
+
+SAYABLE = ("classes", "image_mean", "image_std")
+"""What a source can be told beside the pixels."""
+
+
+def masks_from(
+    source: Any,
+    pixel_values: Tensor,
+    *,
+    classes: Sequence[str] | None = None,
+    image_mean: Sequence[float] = CLIP_MEAN,
+    image_std: Sequence[float] = CLIP_STD,
+) -> Tensor:
+    """Asks a callable source for the masks of a batch, with as much of the rest as it has parameters for.
+
+    Args:
+        source: see `ForegroundSource`. pixel_values: (B, 3, H, W) normalised images.
+        classes: the class name of each picture, None where nobody knows it.
+        image_mean, image_std: the normalisation of the pixels.
+
+    Returns:
+        What the source gives.
+
+    Raises:
+        ForegroundError: the source cannot do without class names, and there are none.
+
+    Example:
+        >>> def fruit(pixels, classes):
+        ...     return torch.tensor([[[name == "banana"]] for name in classes])
+        >>> masks_from(fruit, torch.zeros(2, 3, 1, 1), classes=["banana", "cat"]).flatten()
+        tensor([ True, False])
+    """
+    known = {"classes": classes, "image_mean": tuple(image_mean), "image_std": tuple(image_std)}
+    wanted = _parameters(source)
+    told: dict[str, Any] = {}
+    for name in SAYABLE:
+        parameter = wanted.get(name)
+        if parameter is None or parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            continue
+        if known[name] is not None:
+            told[name] = known[name]
+        elif parameter.default is parameter.empty or getattr(source, "prompted", False):
+            raise ForegroundError(
+                f"the foreground source {source_name(source)} is asked with class names, which come from the labels: "
+                "give labels with the pixels, or masks."
+            )
+    made: Tensor = source(pixel_values, **told)
+    return made
+
+
+def source_name(source: Any) -> str:
+    """What to call a source in messages and records: its own `identity`, or its name in code.
+
+    Example:
+        >>> source_name("attention"), source_name(mask_area)
+        ('attention', 'mask_area')
+    """
+    if isinstance(source, str):
+        return source
+    own = getattr(source, "identity", None)
+    return own if isinstance(own, str) else getattr(source, "__qualname__", type(source).__qualname__)
+
+
+def _parameters(source: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a callable; of a module those of its forward; none where they cannot be read."""
+    try:
+        return inspect.signature(source.forward if isinstance(source, torch.nn.Module) else source).parameters
+    except (TypeError, ValueError):
+        return {}
 
 
 def resolve_source(foreground: Any) -> str:

@@ -42,7 +42,7 @@ class FVGModel(nn.Module, Pretrained):
         tuner: gives tuned and plain features; frozen here unless `config.freeze_tuner` is False.
         config: hyperparameters.
         foreground: "attention", "given" (masks must come with the batch), "whole" (the control x_fg = x), or a callable
-            from pixels (B, 3, H, W) to masks (B, H, W).
+            from pixels (B, 3, H, W) to masks (B, H, W), such as a `Segmenter`.
         base_classes: the class names tuned on; the tuner's when None.
     """
 
@@ -69,7 +69,8 @@ class FVGModel(nn.Module, Pretrained):
         super().__init__()
         self.tuner = tuner
         self.config = config
-        self.foreground = foreground
+        self.foreground: str | ForegroundSource
+        self.__dict__["foreground"] = foreground  # not as a part of the model, should it be a module
         self._source = source
         self.base_classes: tuple[str, ...] = tuple(base_classes or tuner.base_classes)
         self._seen: tuple[tuple[tuple[str, ...], tuple[str, ...]], list[bool]] | None = None
@@ -190,7 +191,9 @@ class FVGModel(nn.Module, Pretrained):
         asked = pixel_values is not None and pixel_values.requires_grad and not learning  # for class relevance, say
         frozen = (self.config.freeze_tuner or not learning) and not asked
         with torch.no_grad() if frozen else contextlib.nullcontext():
-            views = self._views(pixel_values, foreground_mask, features, learning, branch != "base", return_attention)
+            views = self._views(
+                pixel_values, foreground_mask, features, labels, learning, branch != "base", return_attention
+            )
         device_type = views.base.device.type
         with torch.autocast(device_type, enabled=False):  # heads and losses stay in full precision (DESIGN decision 5)
             return self._train(views, labels, branch) if learning else self._score(views, labels, branch)  # type: ignore[arg-type]
@@ -310,6 +313,7 @@ class FVGModel(nn.Module, Pretrained):
         *,
         masks: Literal["training", "given"] = "training",
         measure: bool = False,
+        classes: Sequence[str] | None = None,
     ) -> Views:
         """The features that the heads start from, without gradient: what a FeatureBank stores.
 
@@ -318,6 +322,7 @@ class FVGModel(nn.Module, Pretrained):
             masks: "training" = as in training, where the foreground source supplies missing ones or replaces the view;
                 "given" = only what is given here, for measuring.
             measure: also attention maps and plain CLIP's features of the foreground view.
+            classes: the class name of each picture, for foreground sources that are asked with it.
         """
         source = self.foreground if masks == "training" else None
         return self._encoder().encode(
@@ -328,6 +333,7 @@ class FVGModel(nn.Module, Pretrained):
             prior=True,
             attention=measure,
             foreground_prior=measure,
+            classes=classes,
         )
 
     def _views(
@@ -335,6 +341,7 @@ class FVGModel(nn.Module, Pretrained):
         pixels: Tensor | None,
         mask: Tensor | None,
         features: Mapping[str, Tensor] | None,
+        labels: Tensor | None,
         learning: bool,
         prior: bool,
         attention: bool,
@@ -343,8 +350,15 @@ class FVGModel(nn.Module, Pretrained):
         if features is not None:
             return self._encoder().stored(features, source, foreground=learning)
         assert pixels is not None
+        asks = mask is None and self._source == "callable" and learning and labels is not None
         return self._encoder().encode(
-            pixels, mask, source, foreground=learning or mask is not None, prior=learning or prior, attention=attention
+            pixels,
+            mask,
+            source,
+            foreground=learning or mask is not None,
+            prior=learning or prior,
+            attention=attention,
+            classes=[self.classes[label] for label in labels.tolist()] if asks and labels is not None else None,
         )
 
     def _encoder(self) -> ViewEncoder:

@@ -17,6 +17,7 @@ from torch import nn
 from fvg_adapter.config import FVGConfig
 from fvg_adapter.data import paper_set
 from fvg_adapter.errors import FVGError
+from fvg_adapter.foreground import ForegroundSource
 from fvg_adapter.pictures import Drawing, Source, Split, base_to_new_split, whole_split
 from fvg_adapter.results import Results
 from fvg_adapter.runs import ABLATION, CONTROLS, Done, Say, over_seeds, settings_of, start_run, train_heads
@@ -50,7 +51,7 @@ def base_to_new(
     also_test: Sequence[str] = (),
     controls: bool = True,
     ablation: bool = False,
-    foreground: str = "given",
+    foreground: str | ForegroundSource = "given",
     template: str = DEFAULT_TEMPLATE,
     config: FVGConfig | None = None,
     tune: Stage | None = None,
@@ -76,8 +77,9 @@ def base_to_new(
         test_split: which pictures to score. also_test: further splits, into `Results.also`.
         controls: score the controls too.
         ablation: score the rows of `ABLATION` too.
-        foreground: where masks come from in training when the data set has none: "given" (nowhere) or "attention". In a
-            data set that has masks, a picture without one trains with r = 0.
+        foreground: where masks come from in training when the data set has none: "given" (nowhere), "attention",
+            "whole", or a callable such as a `Segmenter`. In a data set that has masks, a picture without one trains
+            with r = 0.
         template: the prior's hand-written prompt. config: FVG-PT's hyperparameters.
         tune, heads: recipes of the two stages; the published ones of this tuner by default.
         precision: "no", "bf16" or "fp16" autocast in training.

@@ -24,6 +24,7 @@ from fvg_adapter.data.controls import OtherMasks
 from fvg_adapter.errors import FVGError
 from fvg_adapter.evaluation import evaluate, score
 from fvg_adapter.features import FeatureBank
+from fvg_adapter.foreground import ForegroundSource, source_name
 from fvg_adapter.hub import update_card
 from fvg_adapter.model import FVGModel
 from fvg_adapter.pictures import Drawing, Source, Split
@@ -63,7 +64,7 @@ def start_run(
     controls: bool = True,
     ablation: bool = False,
     variants: Mapping[str, Mapping[str, Any]] | None = None,
-    foreground: str = "given",
+    foreground: str | ForegroundSource = "given",
     template: str = DEFAULT_TEMPLATE,
     config: FVGConfig | None = None,
     tune: Stage | None = None,
@@ -141,7 +142,7 @@ class Run:
     tune: Stage | None
     heads: Stage
     views: int
-    foreground: str
+    foreground: str | ForegroundSource
     controls: bool
     ablation: bool
     precision: str
@@ -317,7 +318,9 @@ def _ablation(
     ungated.release()
 
 
-def train_heads(run: Run, tuner: Tuner, data: Any, seed: int, config: FVGConfig, foreground: str) -> FVGModel:
+def train_heads(
+    run: Run, tuner: Tuner, data: Any, seed: int, config: FVGConfig, foreground: str | ForegroundSource
+) -> FVGModel:
     """FVG-PT's heads on a tuned, frozen tuner; one seed gives every configuration the same start and batches."""
     torch.manual_seed(seed)
     model = wrap(tuner, config=dataclasses.replace(config), foreground=foreground)
@@ -370,7 +373,7 @@ def settings_of(run: Run, data: Source, shots: int, seeds: Sequence[int], test_s
         "seeds": list(seeds),
         "views": run.views,
         "test_split": test_split,
-        "foreground": run.foreground,
+        "foreground": source_name(run.foreground),
         "tune": run.tune and dataclasses.asdict(run.tune),
         "heads": dataclasses.asdict(run.heads),
         "config": run.config.to_dict(),

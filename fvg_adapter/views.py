@@ -7,7 +7,7 @@ the image tower alone, its features serve plain CLIP too (DESIGN decision 4).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from fvg_adapter.foreground import (
     attention_mask_from_map,
     foreground_view,
     mask_area,
+    masks_from,
     prepare_mask,
     usable_mask,
 )
@@ -71,6 +72,7 @@ class ViewEncoder:
         prior: bool,
         attention: bool,
         foreground_prior: bool = False,
+        classes: Sequence[str] | None = None,
     ) -> Views:
         """Views of images (B, 3, H, W).
 
@@ -79,9 +81,12 @@ class ViewEncoder:
             source: where a mask comes from when none is given; None for nowhere.
             foreground: encode x_fg. prior: also plain CLIP's features. attention: also the attention map.
             foreground_prior: also plain CLIP's features of x_fg (for measuring).
+            classes: the class name of each picture, for sources that are asked with it.
         """
         if mask is None and foreground and callable(source):
-            mask = source(pixels)
+            config = self.config
+            normal = {"image_mean": config.image_mean, "image_std": config.image_std}
+            mask = masks_from(source, pixels, classes=classes, **normal)
         if mask is not None:
             mask = prepare_mask(mask, pixels, threshold=self.config.mask_threshold)
         from_attention = mask is None and foreground and source == "attention"

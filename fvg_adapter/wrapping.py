@@ -38,7 +38,8 @@ def wrap(
         classes: the base class names; with a tuner the ones that it was tuned on by default.
         config: hyperparameters; the paper's by default.
         foreground: where a mask comes from when a training batch carries none: "attention" (the model's own), "given"
-            (nowhere: such images train with r = 0), "whole" (the control x_fg = x), or a callable on pixels.
+            (nowhere: such images train with r = 0), "whole" (the control x_fg = x), or a callable on pixels such as
+            `fvg_adapter.segmenters.Segmenter`; see `ForegroundSource`.
         template: the hand-written prompt of the prior, with one {}; not with a tuner, which has its own.
         projection: from a CLIPVisionModel's pooled states to features.
 

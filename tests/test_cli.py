@@ -100,7 +100,7 @@ def assert_mistake(result: Any, *told: str) -> None:
 # -- help --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [None, "train", "eval", "predict", "info", "push", "convert", "reproduce"])
+@pytest.mark.parametrize("command", [None, "train", "eval", "predict", "info", "push", "convert", "reproduce", "masks"])
 def test_help_teaches_with_examples(command: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     result = run(*([command] if command else []), "--help")

@@ -206,3 +206,110 @@ def test_what_is_no_picture_at_all():
         read_picture(3, "a")
     with pytest.raises(DataError, match="NoneType"):
         read_picture({"bytes": None, "path": None}, "a")
+
+
+# -- masks that are more than black and white --------------------------------------------------------------------------
+
+
+def test_palettes_of_labels_mark_everything_but_the_first_index():
+    labels = np.zeros((6, 6), np.uint8)
+    labels[1:3], labels[3:5] = 1, 15
+    voc = Image.fromarray(labels).convert("P")
+    voc.putdata(labels.ravel().tolist())
+    palette = [0] * 768
+    palette[3:6], palette[45:48] = (128, 0, 0), (192, 128, 128)  # dark and light: their means lie around one half
+    voc.putpalette(palette)
+    buffer = io.BytesIO()
+    voc.save(buffer, "PNG")
+    picture = read_picture(Image.new("RGB", (6, 6)), "a")
+    assert np.array_equal(np.asarray(read_mask(buffer.getvalue(), "m", picture)) > 0, labels > 0)
+    grey = Image.fromarray(labels).convert("P")
+    grey.putdata(labels.ravel().tolist())
+    grey.putpalette([value for i in range(256) for value in ((255 if i == 1 else 0),) * 3])
+    assert np.array_equal(np.asarray(read_mask(grey, "m", picture)) > 0, labels == 1)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "PNG palette"])
+def test_a_cut_out_is_a_mask_by_its_alpha(mode):
+    _, mask = upright_pair()
+    dark = Image.new("RGB", mask.size, (20, 30, 40))
+    if mode == "PNG palette":
+        cut = Image.new("P", mask.size, 0)
+        cut.putpalette([10, 10, 10, 20, 20, 20])
+        cut.putdata((np.asarray(mask) > 0).astype(int).ravel().tolist())
+        buffer = io.BytesIO()
+        cut.save(buffer, "PNG", transparency=b"\x00\xff")
+        source = buffer.getvalue()
+    else:
+        source = dark.convert("RGBA")
+        source.putalpha(mask)
+        source = source.convert(mode)
+    picture = read_picture(Image.new("RGB", mask.size), "a")
+    assert np.array_equal(read_mask(source, "m", picture), mask)
+    opaque = mask.convert("RGBA")  # alpha says nothing: the colours do
+    assert np.array_equal(read_mask(opaque, "m", picture), mask)
+
+
+@pytest.mark.parametrize("orientation", STORE)
+def test_as_stored_undoes_what_exif_does(orientation):
+    from fvg_adapter.data.images import as_stored
+
+    image, mask = upright_pair()
+    turned = as_stored(mask, orientation)
+    picture = read_picture(stored(image, orientation), "a")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    turned.save(buffer, "PNG", exif=exif)
+    assert np.array_equal(read_mask(buffer.getvalue(), "m", picture), mask)
+    assert turned.size == Image.open(io.BytesIO(stored(image, orientation))).size
+
+
+# -- extreme sizes -----------------------------------------------------------------------------------------------------
+
+
+def huge_png(width, height):
+    """A valid PNG of zeros, made without its pixels in memory."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer, rows = zlib.compressobj(1), []
+    for _ in range(height):
+        rows.append(packer.compress(bytes(width // 8 + 1)))
+    data = b"".join(rows) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def test_twenty_thousand_pixels_a_side_are_refused_before_they_are_decoded(tmp_path):
+    import resource
+
+    path = tmp_path / "huge.png"
+    path.write_bytes(huge_png(20_000, 20_000))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UnreadableImageError, match=r"huge.*400000000 pixels.*178956970.*MAX_IMAGE_PIXELS = "):
+        read_picture(path, str(path))
+    with pytest.raises(UnreadableImageError, match="MAX_IMAGE_PIXELS"):
+        read_mask(path, str(path), read_picture(Image.new("RGB", (4, 4)), "a"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes; decoded it has 400 MB
+
+
+def test_the_limit_is_lifted_where_the_message_says(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    path.write_bytes(huge_png(400, 300))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    with pytest.raises(UnreadableImageError, match="120000 pixels"):
+        read_picture(path, "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000_000)
+    assert read_picture(path, "large.png").image.size == (400, 300)
+
+
+def test_a_file_without_a_byte_says_so(tmp_path):
+    path = tmp_path / "empty.jpg"
+    path.touch()
+    for source in (path, b"", {"bytes": b"", "path": None}):
+        with pytest.raises(UnreadableImageError, match="the file is empty"):
+            read_picture(source, "empty.jpg")

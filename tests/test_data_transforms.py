@@ -196,3 +196,32 @@ def test_view_is_the_same_on_every_machine():
     image, mask = pair(50, 40)
     view = PairedTransform(16, *PLAIN, train=True, seed=1).view(image, mask, 7)
     assert view["foreground_mask"].sum().item() == 190
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30_000), (30_000, 2)])
+@pytest.mark.parametrize("train", [True, False])
+def test_extreme_pictures_stay_small_in_memory(size, train, monkeypatch):
+    made, resize = [], Image.Image.resize
+
+    def counted(self, size, *rest, **options):
+        made.append(size[0] * size[1])
+        return resize(self, size, *rest, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    out = PairedTransform(224, train=train)(Image.new("RGB", size, (255, 0, 0)), Image.new("L", size, 255))
+    assert out["pixel_values"].shape == (3, 224, 224) and bool((out["foreground_mask"] == 1).all())
+    assert 0 < max(made) <= 2**24
+
+
+def test_a_very_long_picture_shows_its_middle(monkeypatch):
+    from fvg_adapter.data import transforms
+
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 255, (40, 4000, 3), dtype=np.uint8)
+    picture, mask = Image.fromarray(array), Image.fromarray(array[..., 0] // 128 * np.uint8(255))
+    transform = PairedTransform(32, train=False)
+    whole = transform(picture, mask)
+    monkeypatch.setattr(transforms, "_MOST_PIXELS", 10)
+    part = transform(picture, mask)
+    assert (whole["pixel_values"] - part["pixel_values"]).abs().max() < 0.03  # one step of 8 bits
+    assert (whole["foreground_mask"] == part["foreground_mask"]).float().mean() > 0.99

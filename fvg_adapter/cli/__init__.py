@@ -11,6 +11,7 @@ from fvg_adapter.cli.auditing import audit_model
 from fvg_adapter.cli.converting import convert_checkpoint
 from fvg_adapter.cli.evaluating import evaluate_adapter
 from fvg_adapter.cli.informing import describe_adapter
+from fvg_adapter.cli.masking import write_mask_files
 from fvg_adapter.cli.predicting import predict_images
 from fvg_adapter.cli.pushing import push_adapter
 from fvg_adapter.cli.reproducing import reproduce_tables
@@ -36,6 +37,7 @@ app.command("convert")(convert_checkpoint)
 app.command("audit")(audit_model)
 app.command("show")(show_pictures)
 app.command("reproduce")(reproduce_tables)
+app.command("masks")(write_mask_files)
 
 
 def _version(wanted: bool) -> None:
@@ -63,6 +65,7 @@ def _about(
     fvg-adapter push out/adapter me/pets-fvg --license mit
     fvg-adapter show out/adapter photo.jpg --output before_after.png
     fvg-adapter audit out/adapter pets --output report
+    fvg-adapter masks pets --source CIDAS/clipseg-rd64-refined
     fvg-adapter convert old/prompt_learner --classes @pets.txt --output new \\
         --model openai/clip-vit-base-patch16
     fvg-adapter reproduce base-to-new --data DATA --output tables \\

@@ -184,6 +184,23 @@ def load_adapter(adapter: str, model: str | None, device: str) -> Any:
     return load(adapter, clip=clip, tokenizer=tokenizer).to(device).eval()
 
 
+def normalisation(model: str) -> dict[str, Any]:
+    """Mean and deviation of the model's preprocessor; nothing (CLIP's) where it has none."""
+    from transformers.utils import cached_file
+
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        try:
+            found = cached_file(model, name)
+        except (OSError, ValueError):
+            continue
+        if found is not None:
+            content = read_json(Path(found), "the model's")
+            inner = content.get("image_processor", content)
+            content = inner if isinstance(inner, dict) else content
+            return {key: content[key] for key in ("image_mean", "image_std") if content.get(key)}
+    return {}
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,7 @@ from fvg_adapter.cli.console import (
     json_object,
     load_base,
     mistakes_told,
+    normalisation,
     prepare,
     read_json,
     say_progress,
@@ -51,7 +52,12 @@ def train_and_compare(
     ] = 4,
     test_split: Annotated[str, typer.Option(help="The pictures to score.")] = "test",
     foreground: Annotated[
-        str, typer.Option(help="Masks of pictures without a mask file: given (none), attention, or whole (x_fg = x).")
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="Masks where the data has none: given (none), attention, whole (x_fg = x), a segmenter's id or folder "
+            "(DETECTOR+SAM for two), or package.module:callable.",
+        ),
     ] = "given",
     template: Annotated[
         str | None,
@@ -151,6 +157,9 @@ def train_and_compare(
     # no masks at hand: take the model's own attention
     fvg-adapter train pets --model openai/clip-vit-base-patch16 \\
         --foreground attention --json > results.json
+    # or a segmenter that is asked with the class names
+    fvg-adapter train pets --model openai/clip-vit-base-patch16 \\
+        --foreground CIDAS/clipseg-rd64-refined
     """
     numbers = seed_numbers(seeds)
     arguments = json_object(tuner_options)
@@ -158,17 +167,17 @@ def train_and_compare(
     if output is not None and output.exists() and not output.is_dir():
         raise FVGError(f"--output {output} is a file; give a folder.")
     place = prepare(device, threads)
-    from fvg_adapter.foreground import resolve_source
     from fvg_adapter.protocols import base_to_new
+    from fvg_adapter.segmenters import source_named
     from fvg_adapter.train import PRECISIONS
     from fvg_adapter.tuners import tuner_named
     from fvg_adapter.tuners.recipes import recipe_on
     from fvg_adapter.tuners.templates import dataset_name
 
-    resolve_source(foreground)
     if precision not in PRECISIONS:
         raise FVGError(f"--precision {precision!r} is unknown. {nearest(precision, PRECISIONS)}")
-    sys.path.insert(0, str(Path.cwd()))  # where a tuner of one's own lies
+    sys.path.insert(0, str(Path.cwd()))  # where a tuner or a source of one's own lies
+    source = source_named(foreground, device=place)
     kind = tuner_named(tuner).kind
     recipe = recipe_on(kind, dataset or Path(data).name)
     if template is None:
@@ -200,7 +209,7 @@ def train_and_compare(
         views=views,
         test_split=test_split,
         controls=controls,
-        foreground=foreground,
+        foreground=source,
         config=settings,
         tune=tune,
         heads=heads,
@@ -264,23 +273,6 @@ def fvg_config(path: Path | None, weights: dict[str, float | None], model: str) 
             raise FVGError(f"--config {path} has the unknown field {name!r}. {nearest(name, known)}")
     given = {name: value for name, value in weights.items() if value is not None}
     try:
-        return FVGConfig(**{**_normalisation(model), **fields, **given})
+        return FVGConfig(**{**normalisation(model), **fields, **given})
     except TypeError as error:
         raise FVGError(f"the configuration does not fit: {error}") from error
-
-
-def _normalisation(model: str) -> dict[str, Any]:
-    """Mean and deviation of the model's preprocessor; nothing (CLIP's) where it has none."""
-    from transformers.utils import cached_file
-
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        try:
-            found = cached_file(model, name)
-        except (OSError, ValueError):
-            continue
-        if found is not None:
-            content = read_json(Path(found), "the model's")
-            inner = content.get("image_processor", content)
-            content = inner if isinstance(inner, dict) else content
-            return {key: content[key] for key in ("image_mean", "image_std") if content.get(key)}
-    return {}

@@ -13,6 +13,7 @@ from fvg_adapter.data.errors import (
     ClassNameWarning,
     DataError,
     DataFileError,
+    SuspiciousMasksWarning,
     UnreadableImageError,
     UnreadableImageWarning,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "PaperSet",
     "Problem",
     "Sample",
+    "SuspiciousMasksWarning",
     "UnreadableImageError",
     "UnreadableImageWarning",
     "VARIANTS",

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fvg_adapter.data.errors import DataError, DataFileError, UnreadableImageWarning, listed
+from fvg_adapter.data.images import Picture, decode_mask
 from fvg_adapter.data.splits import select_classes
+from fvg_adapter.data.watch import MaskWatch
 
 MASK_POLICIES = ("require", "optional", "none")
 
@@ -44,7 +46,8 @@ class MaskedDataset(Dataset[dict[str, Any]], ABC):
 
     Unreadable pictures: nothing is ever replaced in silence. An item that cannot be decoded raises
     UnreadableImageError; `check()` decodes everything once and lists what fails; `drop_unreadable()` is the data set
-    without it, with one named warning.
+    without it, with one named warning. Masks that decode but look wrong (most of the first 32 inverted, of other
+    proportions than their pictures, or label numbers) are named in one SuspiciousMasksWarning.
 
     Attributes:
         classes: class names, `classes[i]` of label i.
@@ -59,6 +62,7 @@ class MaskedDataset(Dataset[dict[str, Any]], ABC):
     transform: Transform | None
     has_masks: bool
     unreadable: tuple[Problem, ...] = ()
+    _watch: MaskWatch | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,6 +88,14 @@ class MaskedDataset(Dataset[dict[str, Any]], ABC):
     @abstractmethod
     def _keep(self, indices: list[int]) -> None:
         """Reduce whatever the subclass holds for each sample."""
+
+    def _decoded(self, stored: Any, name: str, picture: Picture) -> PILImage:
+        """The decoded mask of a picture; see `data.images.read_mask`. Warns once if most masks look wrong."""
+        mask = decode_mask(stored, name, picture)
+        if self._watch is None:
+            self._watch = MaskWatch(len(self))
+        self._watch.see(name, mask)
+        return mask.image
 
     def view(self, index: int, key: int) -> dict[str, Any]:
         """The item under the transform's view number `key`: repeatable, whatever the order or the worker.

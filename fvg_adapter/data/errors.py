@@ -32,6 +32,10 @@ class ClassNameWarning(UserWarning):
     """Two classes of a data set have one name; the message names them and what the second is called here."""
 
 
+class SuspiciousMasksWarning(UserWarning):
+    """Most foreground masks of a data set look inverted, misshapen or unlike masks; the message counts them."""
+
+
 def listed(names: Iterable[object], limit: int = _LISTED) -> str:
     """The first names of a list, and how many more there are: `'a', 'b' and 7 more`."""
     every = [str(name) for name in names]

@@ -10,7 +10,7 @@ from typing import Any
 
 from fvg_adapter.data.base import MaskedDataset, Transform, check_masks_policy
 from fvg_adapter.data.errors import DataError, DataFileError, listed
-from fvg_adapter.data.images import read_mask, read_picture
+from fvg_adapter.data.images import read_picture
 from fvg_adapter.data.layout import MaskFinder, pictures, resolve_classes, split_folder
 
 
@@ -27,12 +27,14 @@ class MaskedImageFolder(MaskedDataset):
     """Pictures in ROOT/<split>/<class>/, masks of the same file name in ROOT/mask/<split>/<class>/.
 
     The masks may also lie in PARENT/mask/<ROOT's name>/<split>/<class>/ or bear another picture extension. Only names
-    are read here; pictures are opened when an item is asked for.
+    are read here; pictures are opened when an item is asked for. Links are followed, also out of ROOT, and each to a
+    folder once: a linked picture counts as where the link lies, and its mask is looked for there, not at its target.
 
     Args:
         root: the folder ROOT.
         split: name of the split folder; None if the class folders lie in ROOT.
         masks: "require" (every picture must have one), "optional" (as far as there are any) or "none" (not looked for).
+        mask_root: the folder that mirrors ROOT, if the masks lie elsewhere; then nowhere else is looked.
         transform: see PairedTransform; without one, items are raw.
         classes: class names in label order; else ROOT/classes.txt, one a line; else the sorted folder names of all
             splits. A folder bears the class name literally or with underscores for spaces.
@@ -53,6 +55,7 @@ class MaskedImageFolder(MaskedDataset):
         split: str | None = "train",
         *,
         masks: str = "require",
+        mask_root: str | os.PathLike[str] | None = None,
         transform: Transform | None = None,
         classes: Sequence[str] | None = None,
     ) -> None:
@@ -69,7 +72,7 @@ class MaskedImageFolder(MaskedDataset):
         if not self.samples:
             raise DataError(f"The {len(labels)} class folders in {here} hold no pictures: {listed(sorted(labels))}.")
         if masks != "none":
-            self._find_masks(MaskFinder(self.root, here), required=masks == "require")
+            self._find_masks(MaskFinder(self.root, here, mask_root), required=masks == "require")
         self.has_masks: bool = any(sample.mask is not None for sample in self.samples)
         self.labels: list[int] = [sample.label for sample in self.samples]
 
@@ -77,7 +80,7 @@ class MaskedImageFolder(MaskedDataset):
         """See MaskedDataset.raw; "path" is the picture's file."""
         sample = self.samples[index]
         picture = read_picture(sample.image, str(sample.image))
-        mask = None if sample.mask is None else read_mask(sample.mask, str(sample.mask), picture)
+        mask = None if sample.mask is None else self._decoded(sample.mask, str(sample.mask), picture)
         return {"image": picture.image, "label": sample.label, "mask": mask, "path": str(sample.image)}
 
     def _path(self, index: int) -> str:

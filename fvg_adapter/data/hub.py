@@ -7,7 +7,7 @@ from typing import Any
 
 from fvg_adapter.data.base import MaskedDataset, Transform, check_labels, check_masks_policy, class_names
 from fvg_adapter.data.errors import DataError, DataFileError, listed, suggestion
-from fvg_adapter.data.images import read_mask, read_picture
+from fvg_adapter.data.images import read_picture
 
 
 class MaskedHubDataset(MaskedDataset):
@@ -71,7 +71,7 @@ class MaskedHubDataset(MaskedDataset):
         stored = None if self._mask is None else row[self._mask]
         if stored is None and self._mask is not None and self._masks_required:
             raise DataFileError(f'{path} has no mask in column {self._mask!r}; use masks="optional" to allow that.')
-        mask = None if stored is None else read_mask(stored, f"mask of {path}", picture)
+        mask = None if stored is None else self._decoded(stored, f"mask of {path}", picture)
         return {"image": picture.image, "label": self.labels[index], "mask": mask, "path": path}
 
     def _path(self, index: int) -> str:

@@ -43,8 +43,9 @@ _DAMAGED = (
     IndexError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
+LABEL_NOISE = 16
+"""A grey mask whose largest value is below one half of its range but above this may hold label numbers."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,21 @@ class Picture:
 
     image: PILImage
     orientation: int = 1
+
+
+@dataclass(frozen=True)
+class DecodedMask:
+    """A mask in the geometry of its picture, and what was odd about it as it was stored.
+
+    Attributes:
+        image: "L", the picture's size, 0 and 255.
+        stretched: its proportions are not the picture's (by more than the rounding of a pixel).
+        dark: it is empty, yet not black: label numbers, perhaps.
+    """
+
+    image: PILImage
+    stretched: bool = False
+    dark: bool = False
 
 
 def is_image_name(name: str) -> bool:
@@ -68,7 +84,8 @@ def read_picture(source: Any, name: str) -> Picture:
         name: what messages call it.
 
     Raises:
-        UnreadableImageError: missing, empty, truncated or not a picture.
+        UnreadableImageError: missing, empty, truncated, not a picture, or of more pixels than PIL admits (twice
+            `PIL.Image.MAX_IMAGE_PIXELS`, 179 million); nothing of such a file is decoded.
     """
     stored, orientation = _decode(source, name)
     return Picture(to_rgb(stored), orientation)
@@ -79,19 +96,37 @@ def read_mask(source: Any, name: str, picture: Picture) -> PILImage:
 
     A mask without an orientation of its own that was made for the picture as it is stored (same size, or the nearer
     aspect ratio; where both fit, as with square pictures, the stored one) is turned upright with it. Another
-    resolution is resized with nearest. A greyscale mask of zeros and ones counts ones as foreground.
+    resolution is resized with nearest. See `binary_mask` for what counts as foreground.
 
     Returns:
         "L" image of the picture's size, values 0 and 255.
 
     Raises:
-        UnreadableImageError: missing, empty, truncated or not a picture.
+        UnreadableImageError: as for `read_picture`.
     """
+    return decode_mask(source, name, picture).image
+
+
+def decode_mask(source: Any, name: str, picture: Picture) -> DecodedMask:
+    """`read_mask`, with what was odd about the mask."""
     stored, own_orientation = _decode(source, name)
     mask = binary_mask(stored)
+    dark = stored.mode == "L" and LABEL_NOISE < int(np.asarray(stored).max(initial=0)) < 128
     if own_orientation == 1 and _made_for_stored(mask.size, picture):
         mask = mask.transpose(_UPRIGHT[picture.orientation])
-    return mask if mask.size == picture.image.size else mask.resize(picture.image.size, Resampling.NEAREST)
+    size = picture.image.size
+    if mask.size == size:
+        return DecodedMask(mask, dark=dark)
+    return DecodedMask(mask.resize(size, Resampling.NEAREST), not _same_proportions(mask.size, size), dark)
+
+
+def as_stored(mask: PILImage, orientation: int) -> PILImage:
+    """An upright mask in the geometry in which a picture of this EXIF orientation is stored."""
+    turn = _UPRIGHT.get(orientation)
+    if turn is None:
+        return mask
+    back = {Transpose.ROTATE_270: Transpose.ROTATE_90, Transpose.ROTATE_90: Transpose.ROTATE_270}
+    return mask.transpose(back.get(turn, turn))
 
 
 def to_rgb(image: PILImage) -> PILImage:
@@ -109,14 +144,44 @@ def to_rgb(image: PILImage) -> PILImage:
 
 
 def binary_mask(mask: PILImage) -> PILImage:
-    """ "L" image with 255 where the mean of a mask's channels is above one half of its range, 0 elsewhere."""
-    if mask.mode == "L" or _is_wide(mask.mode):
+    """ "L" image with 255 where a mask is foreground, 0 elsewhere.
+
+    Foreground is where the mean of the channels is above one half of their range; ones in a greyscale mask of zeros and
+    ones; where an alpha channel is not opaque everywhere (a cut-out), what is more opaque than not, of any colour; and
+    every index but 0 of a palette that has colours (PASCAL VOC's, say), while a palette of greys is a grey picture.
+    """
+    alpha = _alpha(mask)
+    if alpha is not None:
+        grey: npt.NDArray[Any] = alpha
+    elif mask.mode == "L" or _is_wide(mask.mode):
         values = np.asarray(mask)
         ones = values.size > 0 and values.max() == 1
-        grey = values.astype(np.float64) * 255 if ones else _eight_bits(values)
+        grey = (values != 0) * np.uint8(255) if ones else _eight_bits(values)
+    elif mask.mode == "P" and _has_colours(mask):
+        grey = (np.asarray(mask) != 0) * np.uint8(255)
     else:
-        grey = np.asarray(to_rgb(mask)).mean(axis=-1)  # (H, W, 3) -> (H, W)
-    return Image.fromarray(np.where(grey > 127.5, 255, 0).astype(np.uint8))
+        total = np.asarray(to_rgb(mask)).sum(axis=-1, dtype=np.uint16)  # (H, W, 3) -> (H, W)
+        return Image.fromarray(np.where(total > 382, 255, 0).astype(np.uint8))  # a mean above 127.5
+    return Image.fromarray(np.where(grey > 127, 255, 0).astype(np.uint8))
+
+
+def _alpha(mask: PILImage) -> npt.NDArray[np.uint8] | None:
+    """The alpha channel (H, W) of a mask, if it says anything."""
+    if mask.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
+        alpha = np.asarray(mask.getchannel("A"))
+    elif "transparency" in mask.info and mask.mode in ("P", "L", "RGB", "1"):
+        alpha = np.asarray(mask.convert("RGBA").getchannel("A"))
+    else:
+        return None
+    return alpha if alpha.size and alpha.min() < 255 else None
+
+
+def _has_colours(mask: PILImage) -> bool:
+    """Whether a palette picture uses an entry that is no grey."""
+    palette = np.array(mask.getpalette("RGB") or [], dtype=np.int16).reshape(-1, 3)
+    used = np.unique(np.asarray(mask))
+    used = used[used < len(palette)]
+    return bool(np.ptp(palette[used], axis=1).max(initial=0) > LABEL_NOISE)
 
 
 def _decode(source: Any, name: str) -> tuple[PILImage, int]:
@@ -126,14 +191,29 @@ def _decode(source: Any, name: str) -> tuple[PILImage, int]:
             return _upright(source)
         with Image.open(_readable(source, name)) as stored:
             return _upright(stored)
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(
+            f"The picture {name!r} is not decoded: {error} That is twice PIL.Image.MAX_IMAGE_PIXELS. Store it smaller "
+            "(no model here sees more than a few hundred pixels a side), or raise the limit if you trust the file: "
+            "PIL.Image.MAX_IMAGE_PIXELS = 1_000_000_000, at about 6 bytes of memory a pixel."
+        ) from error
     except _DAMAGED as error:
         if isinstance(error, DataError):
             raise
-        reason = f"{type(error).__name__}: {error}"
+        reason = "the file is empty" if _is_empty(source) else f"{type(error).__name__}: {error}"
         raise UnreadableImageError(
             f"Could not read the picture {name!r} ({reason}). Replace or remove the file; "
             "dataset.check() lists every such file and dataset.drop_unreadable() leaves them out."
         ) from error
+
+
+def _is_empty(source: Any) -> bool:
+    """Whether there is not a single byte."""
+    if isinstance(source, dict):
+        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+    if isinstance(source, (str, os.PathLike)):
+        return Path(source).is_file() and Path(source).stat().st_size == 0
+    return isinstance(source, bytes) and not source
 
 
 def _readable(source: Any, name: str) -> Any:
@@ -153,6 +233,12 @@ def _upright(stored: PILImage) -> tuple[PILImage, int]:
     stored.load()
     upright = stored.copy() if stored.format == "TIFF" else ImageOps.exif_transpose(stored)
     return upright, orientation if orientation in _UPRIGHT else 1
+
+
+def _same_proportions(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether one (width, height) is the other resized, give or take the rounding of its sides."""
+    (w, h), (ow, oh) = size, other
+    return abs(w * oh - h * ow) <= max(oh, ow) + 0.01 * w * oh
 
 
 def _made_for_stored(size: tuple[int, int], picture: Picture) -> bool:

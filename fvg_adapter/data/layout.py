@@ -40,6 +40,12 @@ def split_folder(root: Path, split: str | None) -> Path:
     return root / split
 
 
+def split_names(root: Path) -> list[str]:
+    """Names of the folders of a root that look like splits (train, val, test, test_swapped, …) and hold classes."""
+    named = [folder for folder in _folders(root) if folder.name.lower().startswith(_SPLIT_NAMES)]
+    return [folder.name for folder in named if class_folders(folder)]
+
+
 def class_folders(folder: Path) -> list[str]:
     """Names of the class folders of a split, sorted; a `mask` folder without pictures of its own is the mask tree."""
     names = [child.name for child in _folders(folder)]
@@ -91,7 +97,11 @@ def resolve_classes(root: Path, split: str | None, classes: Sequence[str] | None
 
 
 def pictures(folder: Path) -> list[Path]:
-    """All pictures below a class folder, in an order that is the same on every machine; links are followed once."""
+    """All pictures below a class folder, in an order that is the same on every machine.
+
+    Links are followed, also out of the root (data sets are often kept as links into a cache), each folder once; a
+    picture keeps the path of its link, so that its mask is found beside the link and not at its target.
+    """
     found: list[Path] = []
     seen: set[str] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
@@ -109,25 +119,36 @@ class MaskFinder:
     """Finds the mask of a picture in the trees that mirror the image tree (METHOD.md section 10).
 
     Looked at, in this order: ROOT/mask/<split>/<class>/, PARENT/mask/<ROOT's name>/<split>/<class>/ and
-    ROOT/<split>/mask/<class>/; in each the same file name, else the same stem with another picture extension.
+    ROOT/<split>/mask/<class>/, or in `mask_root` alone; in each the same file name, else the file name with .png behind
+    it, else the same stem with another picture extension.
+
+    Raises:
+        DataError: no folder `mask_root`.
     """
 
-    def __init__(self, root: Path, split_root: Path) -> None:
-        self.trees: list[tuple[Path, Path]] = [
+    def __init__(self, root: Path, split_root: Path, mask_root: str | os.PathLike[str] | None = None) -> None:
+        self._listed: dict[Path, list[str]] = {}
+        if mask_root is not None:
+            tree = Path(mask_root).expanduser()
+            if not tree.is_dir():
+                raise DataError(f"mask_root {tree} is no folder; give the folder that mirrors {root}.")
+            self.trees: list[tuple[Path, Path]] = [(root, tree)]
+            return
+        self.trees = [
             (root, root / MASK_FOLDER),
             (root, root.parent / MASK_FOLDER / root.name),
         ]
         if split_root != root:
             self.trees.append((split_root, split_root / MASK_FOLDER))
-        self._listed: dict[Path, list[str]] = {}
 
     def find(self, picture: Path) -> Path | None:
         """The mask file of a picture, or None."""
         for origin, tree in self.trees:
             folder = tree / picture.relative_to(origin).parent
             names = self._names(folder)
-            if picture.name in names:
-                return folder / picture.name
+            for name in (picture.name, picture.name + ".png"):
+                if name in names:
+                    return folder / name
             for name in names:
                 # A mask that is another picture's by its full name is not this one's by its stem.
                 if Path(name).stem == picture.stem and not (picture.parent / name).exists():

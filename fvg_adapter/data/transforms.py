@@ -24,6 +24,7 @@ from fvg_adapter.data.images import binary_mask, to_rgb
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _CROP_ATTEMPTS = 10
+_MOST_PIXELS = 2**24
 
 Box = tuple[int, int, int, int]
 
@@ -38,8 +39,22 @@ class Geometry(NamedTuple):
 
     def apply(self, image: PILImage, resample: Resampling) -> PILImage:
         """The picture moved; only the interpolation may differ between a picture and its mask."""
-        moved = image.crop(self.source).resize(self.size, resample).crop(self.window)
+        if self.size[0] * self.size[1] > _MOST_PIXELS:
+            moved = image.resize(_size(self.window), resample, box=self._behind_window())
+        else:
+            moved = image.crop(self.source).resize(self.size, resample).crop(self.window)
         return moved.transpose(Transpose.FLIP_LEFT_RIGHT) if self.flip else moved
+
+    def _behind_window(self) -> tuple[float, float, float, float]:
+        """The part of the picture that the window shows, for pictures so long that the whole would not fit memory."""
+        left, top, right, bottom = self.source
+        across, down = (right - left) / self.size[0], (bottom - top) / self.size[1]
+        x0, y0, x1, y1 = self.window
+        return left + x0 * across, top + y0 * down, left + x1 * across, top + y1 * down
+
+
+def _size(box: Box) -> tuple[int, int]:
+    return box[2] - box[0], box[3] - box[1]
 
 
 @dataclass(frozen=True)
