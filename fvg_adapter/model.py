@@ -103,6 +103,7 @@ class FVGModel(nn.Module, Pretrained):
         with self.tuner.use_classes(classes):
             yield self
 
+    @torch.compiler.disable  # so that another class list does not compile the towers anew
     def branch_for(self, branch: str = "auto") -> str:
         """What a branch stands for now: "auto" is base if every class was tuned on, new if none, else joint."""
         if branch not in BRANCHES:
@@ -178,7 +179,7 @@ class FVGModel(nn.Module, Pretrained):
             return self._train(views, labels, branch) if learning else self._score(views, labels, branch)  # type: ignore[arg-type]
 
     def _score(self, views: Views, labels: Tensor | None, branch: str) -> FVGOutput:
-        text = self._cast(self.tuner.text_features())
+        text = self._cast(_ready_text(self.tuner))
         z_base = self._fdc_logits(views.base, text) if branch != "new" else None
         prior_trust = z_new = trust = None
         logits = z_base
@@ -187,7 +188,7 @@ class FVGModel(nn.Module, Pretrained):
             _, prior_trust, z_new = self._calibrate(views.new, text, z_prior)
             logits = z_new
         if z_base is not None and z_new is not None:
-            logits = L.joint_log_probs(z_prior, z_base, z_new, torch.tensor(self._is_base(), device=text.device))
+            logits = _joint_log_probs(z_prior, z_base, z_new, torch.tensor(self._is_base(), device=text.device))
         if views.foreground is not None:
             z_full, z_fg = self._logits(views.base, text), self._logits(views.foreground, text)
             trust = self._trust(z_full, z_fg, views)[0]
@@ -205,7 +206,7 @@ class FVGModel(nn.Module, Pretrained):
     def _train(self, views: Views, labels: Tensor, branch: str) -> FVGOutput:
         config = self.config
         with torch.no_grad() if config.freeze_tuner else contextlib.nullcontext():
-            text = self._cast(self.tuner.text_features())  # (C, D)
+            text = self._cast(_ready_text(self.tuner) if config.freeze_tuner else self.tuner.text_features())  # (C, D)
         assert views.foreground is not None and views.usable is not None
         with torch.no_grad() if config.freeze_tuner else contextlib.nullcontext():
             z_full = self._logits(views.base, text)
@@ -233,7 +234,7 @@ class FVGModel(nn.Module, Pretrained):
         )
         logits = {"base": z_fdc, "new": z_pc}.get(branch)
         if logits is None:
-            logits = L.joint_log_probs(z_prior, z_fdc, z_pc, torch.tensor(self._is_base(), device=text.device))
+            logits = _joint_log_probs(z_prior, z_fdc, z_pc, torch.tensor(self._is_base(), device=text.device))
         return FVGOutput(
             loss=loss,
             logits=logits,
@@ -261,7 +262,7 @@ class FVGModel(nn.Module, Pretrained):
         """z_CLIP (B, C)."""
         assert views.prior is not None
         with torch.no_grad():
-            return self._logits(views.prior, self._cast(self.tuner.prior_text_features()))
+            return self._logits(views.prior, self._cast(_ready_prior_text(self.tuner)))
 
     def _calibrate(self, image: Tensor, text: Tensor, z_prior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z_full of the new branch (B, C), b (B,) and z_PC (B, C)."""
@@ -501,3 +502,18 @@ class FVGModel(nn.Module, Pretrained):
             raise
         model.wraps_clip = type(tuner) is ZeroShot
         return model.eval()
+
+
+_joint_log_probs = torch.compiler.disable(L.joint_log_probs)
+"""Which classes belong together is asked of a tensor's values, which would break a graph in the middle."""
+
+
+@torch.compiler.disable
+def _ready_text(tuner: Tuner) -> Tensor:
+    """Text features that are looked up as ever, also in a compiled model: no compiler sees into the cache."""
+    return tuner.text_features()
+
+
+@torch.compiler.disable
+def _ready_prior_text(tuner: Tuner) -> Tensor:
+    return tuner.prior_text_features()

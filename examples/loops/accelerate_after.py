@@ -13,7 +13,8 @@ MODEL, DATA = "examples/pocket/model", "examples/pocket/data"  # "openai/clip-vi
 accelerator = Accelerator(
     mixed_precision="bf16",
     gradient_accumulation_steps=2,
-    dataloader_config=DataLoaderConfiguration(split_batches=True),  # a batch is shared out among the processes
+    # a batch is shared out among the processes, and is the same one for any number of them
+    dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=1),
 )
 set_seed(1)
 few, test = Pictures(DATA, "train"), Pictures(DATA, "test")
