@@ -21,7 +21,7 @@ from fvg_adapter.config import FVGConfig
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.foreground import ForegroundSource, resolve_source
 from fvg_adapter.heads import BottleneckAdapter, ReliabilityGate
-from fvg_adapter.modes import Hold, keep_full_precision
+from fvg_adapter.modes import Hold, keep_full_precision, outside_graphs
 from fvg_adapter.outputs import FVGOutput, Prediction, Status
 from fvg_adapter.storage import HEADS_FILE, Pretrained, load_own
 from fvg_adapter.tuners.base import Tuner, check_labels
@@ -103,7 +103,7 @@ class FVGModel(nn.Module, Pretrained):
         with self.tuner.use_classes(classes):
             yield self
 
-    @torch.compiler.disable  # so that another class list does not compile the towers anew
+    @outside_graphs  # so that another class list does not compile the towers anew
     def branch_for(self, branch: str = "auto") -> str:
         """What a branch stands for now: "auto" is base if every class was tuned on, new if none, else joint."""
         if branch not in BRANCHES:
@@ -504,16 +504,16 @@ class FVGModel(nn.Module, Pretrained):
         return model.eval()
 
 
-_joint_log_probs = torch.compiler.disable(L.joint_log_probs)
+_joint_log_probs = outside_graphs(L.joint_log_probs)
 """Which classes belong together is asked of a tensor's values, which would break a graph in the middle."""
 
 
-@torch.compiler.disable
+@outside_graphs
 def _ready_text(tuner: Tuner) -> Tensor:
     """Text features that are looked up as ever, also in a compiled model: no compiler sees into the cache."""
     return tuner.text_features()
 
 
-@torch.compiler.disable
+@outside_graphs
 def _ready_prior_text(tuner: Tuner) -> Tensor:
     return tuner.prior_text_features()

@@ -9,7 +9,9 @@ other images' masks. Imports data, tuners, features, train and evaluation.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import logging
 import os
 import platform
 import statistics
@@ -25,7 +27,7 @@ from torch import nn
 from fvg_adapter.config import FVGConfig
 from fvg_adapter.data import PairedTransform, base_new_split, few_shot_indices, open_dataset, select_classes
 from fvg_adapter.data.controls import OtherMasks
-from fvg_adapter.errors import FVGError
+from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.evaluation import evaluate
 from fvg_adapter.features import FeatureBank
 from fvg_adapter.model import FVGModel
@@ -35,6 +37,8 @@ from fvg_adapter.tuners import Tuner, ZeroShot, tuner_named
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE
 from fvg_adapter.tuners.recipes import Stage, recipe_for
 from fvg_adapter.wrapping import wrap
+
+logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 Rows = dict[str, dict[str, list[float]]]
@@ -242,7 +246,7 @@ def base_to_new(
         ablation=ablation,
         precision=precision,
         bank=None if bank is None else Path(bank),
-        say=progress or _silent,
+        say=_logged(progress),
     )
     start = time.monotonic()
     encoder = DualEncoder(clip)
@@ -337,6 +341,10 @@ def _one_seed(run: _Run, split: Split, seed: int, results: Results, folder: Path
         plain.detach()
 
     torch.manual_seed(seed)
+    known = inspect.signature(run.tuner).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
+        for name in set(run.options) - set(known):
+            raise FVGError(f"a {run.tuner.kind!r} tuner has no option {name!r}. {nearest(name, list(known)[3:])}")
     try:
         tuner = run.tuner(run.clip, run.tokenizer, split.base_classes, **run.options)
     except TypeError as error:
@@ -464,5 +472,12 @@ def _settings(
     }
 
 
-def _silent(line: str) -> None:
-    """Says nothing."""
+def _logged(progress: Say | None) -> Say:
+    """A line of progress goes to the log, and to who asked for it."""
+
+    def say(line: str) -> None:
+        logger.info(line)
+        if progress is not None:
+            progress(line)
+
+    return say

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -23,7 +24,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fvg_adapter.base_models import check_base_model, hub_errors, load_base_model, load_tokenizer
-from fvg_adapter.errors import FVGError
+from fvg_adapter.errors import FVGError, closest, nearest
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "fvg_adapter"
 FORMAT_VERSION = 1
@@ -97,6 +100,7 @@ class Pretrained:
                 self.save_beside(folder)
         except (OSError, SafetensorError) as error:
             raise FVGError(f"could not save to {target}: {error}. What was there before is unchanged.") from error
+        logger.info("saved %s to %s", type(self).__name__, target)
         return target
 
     def save_beside(self, folder: Path) -> None:
@@ -169,6 +173,7 @@ class Pretrained:
                     f"{repo_id!r} could not be pushed to the Hub: {str(error).rstrip('. ')}. Give an id "
                     "like 'me/pets-fvg', and a token that may write there: token=…, or `hf auth login` once."
                 ) from error
+        logger.info("pushed %s to %s", type(self).__name__, info.commit_url)
         return str(info.commit_url)
 
 
@@ -195,7 +200,8 @@ def load_any(
     config = read_config(folder)
     find = _KINDS.get(str(config.get("kind")))
     if find is None:
-        raise FVGError(f"{folder / CONFIG_FILE} has kind {config.get('kind')!r}; known are {sorted(_KINDS)}.")
+        kind = config.get("kind")
+        raise FVGError(f"{folder / CONFIG_FILE} has an unknown kind {kind!r}. {nearest(kind, _KINDS)}")
     cls = find(config)
     if not issubclass(cls, allowed):
         raise FVGError(
@@ -208,6 +214,7 @@ def load_any(
     needs_tokenizer = "class_features" not in tensors.get(TUNER_FILE, {})
     if tokenizer is None and needs_tokenizer:
         tokenizer = load_tokenizer(clip, config["base_model"], **hub)
+    logger.info("loading a %s from %s", cls.__name__, folder)
     return cls.rebuild(config, tensors, clip, tokenizer, classes, folder)
 
 
@@ -218,7 +225,8 @@ def fetch(id_or_dir: str | os.PathLike[str], *, revision: str | None = None, **h
     name = str(id_or_dir)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FVGError(
-            f"there is no folder {name}; give a folder written by save_pretrained, or a Hub id like 'me/pets-fvg'."
+            f"there is no folder {name}. {closest(name, _folders_beside(name))}Give a folder written by "
+            "save_pretrained, or a Hub id like 'me/pets-fvg'."
         )
     from huggingface_hub import snapshot_download
 
@@ -233,6 +241,12 @@ def fetch(id_or_dir: str | os.PathLike[str], *, revision: str | None = None, **h
     if not (folder / CONFIG_FILE).is_file():
         raise FVGError(f"the Hub repository {name!r} has no {CONFIG_FILE}; nothing was put there by push_to_hub.")
     return folder
+
+
+def _folders_beside(name: str) -> list[str]:
+    """The folders that lie where this one should."""
+    parent = Path(name).expanduser().parent
+    return [str(parent / inner.name) for inner in parent.iterdir() if inner.is_dir()] if parent.is_dir() else []
 
 
 def read_config(folder: Path) -> dict[str, Any]:

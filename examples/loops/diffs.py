@@ -1,6 +1,6 @@
 """What changes in each of the six loops, as the README and docs/ show it.
 
-`python -m examples.loops.diffs` writes it there. A page asks for a diff with `<!-- diff: NAME, CONTEXT lines around -->`
+`python -m examples.loops.diffs` writes it there. A page asks for a diff by `<!-- diff: NAME, CONTEXT lines around -->`
 above a fence; what stands in the fence is made from NAME_before.py and NAME_after.py.
 """
 

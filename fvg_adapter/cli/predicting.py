@@ -60,14 +60,18 @@ def predict_images(
         --model openai/clip-vit-base-patch16
     fvg-adapter predict me/pets-fvg a.jpg --classes @names.txt --json
     """
+    from fvg_adapter.progress import counting
+
     names = None if classes is None else class_names(classes)
     place = prepare(device, threads)
     loaded = load_adapter(adapter, model, place)
     if names is not None:
         loaded.set_classes(names)
     rows = []
-    for start in range(0, len(images), AT_ONCE):
-        rows += _predicted(loaded, images[start : start + AT_ONCE], top_k)
+    with counting(None, "predicting", len(images)) as tell:
+        for start in range(0, len(images), AT_ONCE):
+            rows += _predicted(loaded, images[start : start + AT_ONCE], top_k)
+            tell(len(rows))
     failed = [row for row in rows if "error" in row]
     for row in failed:
         say(f"warning: {row['error']}")
