@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from fvg_adapter.cli.console import (
     AsJson,
@@ -97,6 +96,8 @@ def audit_model(
         show_json(record)
         return
     show(in_words(found))
+    from rich.table import Table
+
     table = Table()
     for number, (head, _, _) in enumerate(COLUMNS):
         table.add_column(SHORT.get(head, head), justify="left" if number == 0 else "right", overflow="fold")

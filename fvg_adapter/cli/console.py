@@ -6,7 +6,6 @@ import contextlib
 import errno
 import functools
 import json
-import logging
 import math
 import os
 import sys
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from fvg_adapter.errors import FVGError
 
@@ -41,6 +38,9 @@ Base = Annotated[
 
 def say(text: str) -> None:
     """A line on stderr."""
+    from rich.console import Console
+    from rich.markup import escape
+
     Console(stderr=True, soft_wrap=True, highlight=False).print(escape(printable(text)))
 
 
@@ -51,6 +51,9 @@ def say_progress() -> Callable[[str], None] | None:
 
 def show(what: Any) -> None:
     """Plain text or something rich on stdout."""
+    from rich.console import Console
+    from rich.markup import escape
+
     Console(highlight=False, soft_wrap=isinstance(what, str)).print(
         escape(printable(what)) if isinstance(what, str) else what
     )
@@ -125,6 +128,8 @@ def _quiet(debug: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _log_shown() -> Iterator[None]:
     """What our modules log, on stderr."""
+    import logging
+
     log = logging.getLogger("fvg_adapter")
     handler, level = logging.StreamHandler(), log.level
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from fvg_adapter.cli.console import AsJson, Debug, mistakes_told, printable, show, show_json
 from fvg_adapter.cli.recognising import recognised
@@ -40,6 +38,9 @@ def describe_adapter(
     if as_json:
         show_json(about)
         return
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(show_header=False)
     table.add_column("what", style="bold", no_wrap=True)
     table.add_column("value", overflow="fold")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from fvg_adapter.cli.console import (
     MISTAKEN,
@@ -25,6 +23,10 @@ from fvg_adapter.cli.console import (
     show,
     show_json,
 )
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 AT_ONCE = 32
 
@@ -117,6 +119,9 @@ def _predicted(model: Any, paths: list[Path], top_k: int) -> list[dict[str, Any]
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table()
     table.add_column("picture", overflow="fold")
     table.add_column("class")
