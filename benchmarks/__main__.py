@@ -19,7 +19,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from benchmarks import banks, growth, inference, many_classes, peers, recording, report, scale, steps, tuner_memory
+from benchmarks import (
+    banks,
+    growth,
+    inference,
+    many_classes,
+    peers,
+    recording,
+    report,
+    scale,
+    startup,
+    steps,
+    tuner_memory,
+)
 from benchmarks.harness import Result, Row, machine
 from benchmarks.setting import ROOT, SIZES, Setting
 
@@ -39,6 +51,7 @@ GROUPS: dict[str, tuple[str, Callable[[Setting, Path], Found]]] = {
     "lora_step": ("LoRA", lambda s, f: peers.lora_step(s)),
     "attention": ("Attention maps", lambda s, f: peers.attention(s)),
     "recording": ("What recording attention costs", lambda s, f: recording.recording(s)),
+    "startup": ("Starting", lambda s, f: startup.startup(s)),
     "at_scale": ("What it takes at scale", lambda s, f: scale.at_scale(s)),
 }
 """Groups of figures by name: title, and what measures them (given the setting and the folder for pictures)."""

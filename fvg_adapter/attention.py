@@ -92,7 +92,8 @@ class AttentionProbe:
             yield record
             record.complete()
         finally:
-            _THREAD.recordings = [entry for entry in _THREAD.recordings if entry[1] is not record]
+            # In place: what a compiled forward binds anew in a threading.local is lost, and the record would stay.
+            _THREAD.recordings[:] = [entry for entry in _THREAD.recordings if entry[1] is not record]
             record.close()
 
     def first_patch(self, layer: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,11 +26,11 @@ from fvg_adapter.errors import FVGError
 from fvg_adapter.features import attention_in_mask
 from fvg_adapter.foreground import foreground_view, mask_area, prepare_mask, usable_mask
 from fvg_adapter.model import FVGModel, answer_score
+from fvg_adapter.progress import Progress, counting
 from fvg_adapter.tuners.base import Tuner, check_labels
 
 SMALLEST_ERROR = 1e-6
 """Standard error in nats where all pictures agree, so that evidence stays finite."""
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def audit(
     partners: int = 2,
     seed: int = 0,
     batch_size: int = 32,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Audit:
     """Audits a model for shortcuts on a labelled data set with masks; leaves class list, mode and hooks as found.
 
@@ -144,7 +144,8 @@ def audit(
         outside: what takes the place of what is taken away: "mean" colour or "black".
         partners: pictures of other classes that each background is compared with. seed: of their choice.
         batch_size: pictures encoded at once, 3 + 2 · partners views of each.
-        progress: called with (pictures done, pictures in all).
+        progress: called with (pictures done, pictures in all); True for a bar on stderr, False for silence; when None,
+            a bar on a terminal only.
 
     Raises:
         FVGError: no class names, fewer than two classes, labels out of range, or no picture with a usable mask (an area
@@ -161,15 +162,15 @@ def audit(
     pairs = _Pairs(dataset, other_classes(labels, partners, seed))
     parts: list[dict[str, Tensor]] = []
     done = 0
-    with _as_found(model), model.use_classes(names):
+    bar = counting(progress, "auditing", len(dataset))
+    with _as_found(model), model.use_classes(names), bar as tell:
         branch = model.branch_for("auto") if isinstance(model, FVGModel) else "tuner"
         for items, *others in DataLoader(pairs, batch_size, collate_fn=_collate_pairs):
             check_labels(items["labels"], len(names), len(items["pixel_values"]))
             found = _batch(model, items, layers, relevance, outside) | _backgrounds(model, items, others, outside)
             parts.append(found | {"index": done + torch.arange(len(items["labels"]))})
             done += len(items["labels"])
-            if progress is not None:
-                progress(done, len(dataset))
+            tell(done)
     found = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
     usable = found.pop("usable").bool()
     if not bool(usable.any()):

@@ -7,12 +7,14 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from fvg_adapter.errors import FVGError, nearest
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Self = TypeVar("Self", bound="FVGConfig")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "trust": ("gate", "one", "half"),
@@ -88,6 +90,14 @@ class FVGConfig:
         "foreground_attention",
     ]
     """What `Trainer.evaluate` leaves out of its predictions."""
+
+    def __new__(cls: type[Self], *values: Any, **named: Any) -> Self:
+        """Unknown fields are refused with the nearest name; the rest is the dataclass's own."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in named:
+            if name not in known:
+                raise FVGError(f"FVGConfig has no field {name!r}. {nearest(name, known)}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in ("usable_area", "attention_layers", "image_mean", "image_std"):

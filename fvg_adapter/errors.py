@@ -26,9 +26,13 @@ class ForegroundWarning(UserWarning):
     """A batch trained without foreground information although masks were expected."""
 
 
+def closest(given: object, valid: Iterable[str]) -> str:
+    """The nearest valid name as a question, `Did you mean 'joint'? `, or nothing; for names too many to list."""
+    close = difflib.get_close_matches(str(given)[:_GIVEN], list(islice(valid, _NAMES)), n=1)
+    return f"Did you mean {close[0]!r}? " if close else ""
+
+
 def nearest(given: object, valid: Iterable[str]) -> str:
     """A sentence that lists valid names and suggests the nearest: `Did you mean 'joint'? Valid: 'auto', 'joint'.`"""
     names = list(islice(valid, _NAMES))
-    close = difflib.get_close_matches(str(given)[:_GIVEN], names, n=1)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Valid: {', '.join(map(repr, names))}."
+    return f"{closest(given, names)}Valid: {', '.join(map(repr, names))}."

@@ -10,6 +10,7 @@ import bisect
 import hashlib
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,9 +36,12 @@ from fvg_adapter.errors import FVGError
 from fvg_adapter.foreground import resolve_source, source_name
 from fvg_adapter.launched import Processes
 from fvg_adapter.model import FVGModel
+from fvg_adapter.progress import Progress, counting
 from fvg_adapter.replacing import read_whole
 from fvg_adapter.tuners.base import Tuner
 from fvg_adapter.untrusted import refuse_not_finite
+
+logger = logging.getLogger(__name__)
 
 
 class FeatureBank(Dataset[dict[str, Any]]):
@@ -137,7 +141,7 @@ class FeatureBank(Dataset[dict[str, Any]]):
         output: str | os.PathLike[str] | None = None,
         dtype: torch.dtype = torch.float32,
         rows_per_shard: int = ROWS_PER_SHARD,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress = None,
     ) -> FeatureBank:
         """Encodes whole images and foreground views of a data set.
 
@@ -157,7 +161,8 @@ class FeatureBank(Dataset[dict[str, Any]]):
             output: folder to write; the bank that comes back is mapped from it. A whole bank that fits is only read.
             dtype: of features on the disk, float32 or float16 (half the size; features of unit length keep 3 digits).
             rows_per_shard: images in a file.
-            progress: called with (encoded, total) after every batch of this process.
+            progress: called with (encoded, in all) after every batch of this process; True for a bar on stderr, False
+                for silence; when None, a bar on a terminal only.
 
         Raises:
             FVGError: an empty data set, views below 1, or a folder that holds another bank.
@@ -171,34 +176,36 @@ class FeatureBank(Dataset[dict[str, Any]]):
                 f"dtype must be float32 or float16 and rows_per_shard at least 1, but are {dtype} and {rows_per_shard}."
             )
         wrapped = model if isinstance(model, FVGModel) else FVGModel(model, foreground="given")
-        work = _Work(wrapped, dataset, views, batch_size, seed, workers, measure, progress)
+        logger.info("encoding %d views of %d items", views, len(dataset))
+        work = _Work(wrapped, dataset, views, batch_size, seed, workers, measure)
         try:
-            classes = list(getattr(dataset, "classes", wrapped.classes))
-            settings = _settings_of(wrapped, measure, _has_masks(dataset))
-            if output is None:
-                features, labels = work(range(len(dataset)))
-                return cls(features, labels, classes, fingerprint(wrapped), settings)
-            plan = Plan(
-                fingerprint(wrapped),
-                {**settings, "measure": measure},
-                str(getattr(dataset, "transform", "")),
-                seed,
-                views,
-                classes,
-                _labels_of(dataset),
-                str(dtype).removeprefix("torch."),
-                rows_per_shard,
-            )
-            shared = Processes.launched()
-            write_shards(
-                Path(output),
-                plan,
-                lambda rows: work(rows)[0],
-                rank=shared.rank,
-                world=shared.world,
-                wait=shared.wait,
-            )
-            shared.wait()
+            with counting(progress, "encoding", views * len(dataset)) as work.tell:
+                classes = list(getattr(dataset, "classes", wrapped.classes))
+                settings = _settings_of(wrapped, measure, _has_masks(dataset))
+                if output is None:
+                    features, labels = work(range(len(dataset)))
+                    return cls(features, labels, classes, fingerprint(wrapped), settings)
+                plan = Plan(
+                    fingerprint(wrapped),
+                    {**settings, "measure": measure},
+                    str(getattr(dataset, "transform", "")),
+                    seed,
+                    views,
+                    classes,
+                    _labels_of(dataset),
+                    str(dtype).removeprefix("torch."),
+                    rows_per_shard,
+                )
+                shared = Processes.launched()
+                write_shards(
+                    Path(output),
+                    plan,
+                    lambda rows: work(rows)[0],
+                    rank=shared.rank,
+                    world=shared.world,
+                    wait=shared.wait,
+                )
+                shared.wait()
         finally:
             if wrapped is not model:
                 wrapped.release()
@@ -278,7 +285,7 @@ class _Work:
     seed: int
     workers: int
     measure: bool
-    progress: Callable[[int, int], None] | None
+    tell: Callable[[int], None] = lambda done: None
     done: int = 0
 
     def __call__(self, rows: range) -> tuple[dict[str, Tensor], list[int]]:
@@ -296,8 +303,7 @@ class _Work:
                 if k == 0:
                     labels += batch["labels"].tolist()
                 self.done += len(batch["labels"])
-                if self.progress is not None:
-                    self.progress(self.done, self.views * len(self.dataset))
+                self.tell(self.done)
             kept.append(parts)
         by_view = [{name: torch.cat([p[name] for p in parts]) for name in parts[0]} for parts in kept]
         names = set.intersection(*(set(v) for v in by_view))

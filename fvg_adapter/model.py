@@ -22,7 +22,7 @@ from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.files import HEADS_FILE
 from fvg_adapter.foreground import ForegroundSource, resolve_source
 from fvg_adapter.heads import N_CUES, BottleneckAdapter, ReliabilityGate
-from fvg_adapter.modes import Hold, keep_full_precision
+from fvg_adapter.modes import Hold, keep_full_precision, outside_graphs
 from fvg_adapter.outputs import FVGOutput, Prediction, Status
 from fvg_adapter.storage import Pretrained, load_own
 from fvg_adapter.tuners.base import Tuner, check_labels
@@ -108,6 +108,7 @@ class FVGModel(nn.Module, Pretrained):
         with self.tuner.use_classes(classes):
             yield self
 
+    @outside_graphs  # so that another class list does not compile the towers anew
     def branch_for(self, branch: str = "auto") -> str:
         """What a branch stands for now: "auto" is base if every class was tuned on, new if none, else joint."""
         if branch not in BRANCHES:
@@ -199,7 +200,7 @@ class FVGModel(nn.Module, Pretrained):
             return self._train(views, labels, branch) if learning else self._score(views, labels, branch)  # type: ignore[arg-type]
 
     def _score(self, views: Views, labels: Tensor | None, branch: str) -> FVGOutput:
-        text = self._cast(self.tuner.text_features())
+        text = self._cast(_ready_text(self.tuner))
         z_base = self._fdc_logits(views.base, text) if branch != "new" else None
         prior_trust = z_new = trust = None
         logits = z_base
@@ -208,7 +209,7 @@ class FVGModel(nn.Module, Pretrained):
             _, prior_trust, z_new = self._calibrate(views.new, text, z_prior)
             logits = z_new
         if z_base is not None and z_new is not None:
-            logits = L.joint_log_probs(z_prior, z_base, z_new, torch.tensor(self._is_base(), device=text.device))
+            logits = _joint_log_probs(z_prior, z_base, z_new, torch.tensor(self._is_base(), device=text.device))
         if views.foreground is not None:
             z_full, z_fg = self._logits(views.base, text), self._logits(views.foreground, text)
             trust = self._trust(z_full, z_fg, views)[0]
@@ -226,7 +227,7 @@ class FVGModel(nn.Module, Pretrained):
     def _train(self, views: Views, labels: Tensor, branch: str) -> FVGOutput:
         config = self.config
         with torch.no_grad() if config.freeze_tuner else contextlib.nullcontext():
-            text = self._cast(self.tuner.text_features())  # (C, D)
+            text = self._cast(_ready_text(self.tuner) if config.freeze_tuner else self.tuner.text_features())  # (C, D)
         assert views.foreground is not None and views.usable is not None
         with torch.no_grad() if config.freeze_tuner else contextlib.nullcontext():
             z_full = self._logits(views.base, text)
@@ -254,7 +255,7 @@ class FVGModel(nn.Module, Pretrained):
         )
         logits = {"base": z_fdc, "new": z_pc}.get(branch)
         if logits is None:
-            logits = L.joint_log_probs(z_prior, z_fdc, z_pc, torch.tensor(self._is_base(), device=text.device))
+            logits = _joint_log_probs(z_prior, z_fdc, z_pc, torch.tensor(self._is_base(), device=text.device))
         return FVGOutput(
             loss=loss,
             logits=logits,
@@ -282,7 +283,7 @@ class FVGModel(nn.Module, Pretrained):
         """z_CLIP (B, C); scored, not learned from, it keeps a graph to pixels that ask for gradients."""
         assert views.prior is not None
         with torch.no_grad() if self.training else contextlib.nullcontext():
-            return self._logits(views.prior, self._cast(self.tuner.prior_text_features()))
+            return self._logits(views.prior, self._cast(_ready_prior_text(self.tuner)))
 
     def _calibrate(self, image: Tensor, text: Tensor, z_prior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z_full of the new branch (B, C), b (B,) and z_PC (B, C)."""
@@ -557,3 +558,18 @@ def answer_score(model: FVGModel | Tuner, output: Any) -> Tensor:
     """(B,) the logit of each picture's answer, in the branch made for it, with its graph: for class relevance."""
     logits = model.class_logits(output) if isinstance(model, FVGModel) else output.logits
     return logits.gather(1, output.logits.argmax(-1, keepdim=True))[:, 0]
+
+
+_joint_log_probs = outside_graphs(L.joint_log_probs)
+"""Which classes belong together is asked of a tensor's values, which would break a graph in the middle."""
+
+
+@outside_graphs
+def _ready_text(tuner: Tuner) -> Tensor:
+    """Text features that are looked up as ever, also in a compiled model: no compiler sees into the cache."""
+    return tuner.text_features()
+
+
+@outside_graphs
+def _ready_prior_text(tuner: Tuner) -> Tensor:
+    return tuner.prior_text_features()

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 _LOW = (torch.float16, torch.bfloat16)
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outside_graphs(function: Function) -> Function:
+    """The function, run as it is where torch.compile meets it: for look-ups that no graph should hold."""
+    return cast(Function, torch.compiler.disable(function))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
+import logging
 import os
 import platform
 import time
@@ -21,7 +23,7 @@ from torch import nn
 from fvg_adapter import costs
 from fvg_adapter.config import FVGConfig
 from fvg_adapter.data.controls import OtherMasks
-from fvg_adapter.errors import FVGError
+from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.evaluation import evaluate, score
 from fvg_adapter.features import FeatureBank
 from fvg_adapter.foreground import ForegroundSource, source_name
@@ -35,6 +37,8 @@ from fvg_adapter.tuners import Tuner, ZeroShot, tuner_named
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE
 from fvg_adapter.tuners.recipes import Stage, recipe_for
 from fvg_adapter.wrapping import wrap
+
+logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 Done = Callable[[int, Results], None]
@@ -95,7 +99,7 @@ def start_run(
         ablation=ablation,
         precision=precision,
         bank=None if bank is None else Path(bank),
-        say=progress or _silent,
+        say=_logged(progress),
         shots=shots,
         seeds=tuple(seeds),
         variants=variants or {},
@@ -236,6 +240,10 @@ def _one_seed(run: Run, split: Split, seed: int, results: Results, folder: Path 
         plain.detach()
 
     torch.manual_seed(seed)
+    known = inspect.signature(run.tuner).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
+        for name in set(run.options) - set(known):
+            raise FVGError(f"a {run.tuner.kind!r} tuner has no option {name!r}. {nearest(name, list(known)[3:])}")
     try:
         tuner = run.tuner(run.clip, run.tokenizer, split.base_classes, **run.options)
     except TypeError as error:
@@ -382,5 +390,12 @@ def settings_of(run: Run, data: Source, shots: int, seeds: Sequence[int], test_s
     }
 
 
-def _silent(line: str) -> None:
-    """Says nothing."""
+def _logged(progress: Say | None) -> Say:
+    """A line of progress goes to the log, and to who asked for it."""
+
+    def say(line: str) -> None:
+        logger.info(line)
+        if progress is not None:
+            progress(line)
+
+    return say

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -20,10 +21,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fvg_adapter.base_models import check_base_model, hub_errors, load_base_model, load_tokenizer, refuse_path
-from fvg_adapter.errors import FVGError
+from fvg_adapter.errors import FVGError, closest, nearest
 from fvg_adapter.files import CONFIG_FILE, HEADS_FILE, TUNER_FILE
 from fvg_adapter.replacing import read_whole, replacing
 from fvg_adapter.untrusted import OTHER_FILE, TensorFile, read_json, sha256_of, shapes_of
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "fvg_adapter"
 FORMAT_VERSION = 1
@@ -132,6 +135,7 @@ class Pretrained:
                 add_card(folder, config, target, before=self.about, kept=self.saved_in, **given)
         except (OSError, SafetensorError) as error:
             raise FVGError(f"could not save to {target}: {error}. What was there before is unchanged.") from error
+        logger.info("saved %s to %s", type(self).__name__, target)
         return target
 
     def save_beside(self, folder: Path) -> None:
@@ -208,7 +212,7 @@ class Pretrained:
         with tempfile.TemporaryDirectory() as temporary:
             given = {"results": results, "picture": picture, "dataset": dataset, "license": license}
             folder = self.save_pretrained(Path(temporary) / "upload", **given)
-            return publish(
+            url = publish(
                 folder,
                 repo_id,
                 private=private,
@@ -219,6 +223,8 @@ class Pretrained:
                 parent_commit=parent_commit,
                 card=card,
             )
+        logger.info("pushed %s to %s", type(self).__name__, url)
+        return url
 
 
 _KINDS: dict[str, Any] = {}
@@ -244,7 +250,8 @@ def load_any(
     folder, config, tensors = read_whole(fetched, lambda f: read(f, lambda: _on_hub(id_or_dir, revision, hub)))
     find = _KINDS.get(str(config.get("kind")))
     if find is None:
-        raise FVGError(f"{folder / CONFIG_FILE} has kind {config.get('kind')!r}; known are {sorted(_KINDS)}.")
+        kind = config.get("kind")
+        raise FVGError(f"{folder / CONFIG_FILE} has an unknown kind {kind!r}. {nearest(kind, _KINDS)}")
     cls = find(config)
     if not issubclass(cls, allowed):
         raise FVGError(
@@ -258,6 +265,7 @@ def load_any(
     needs_tokenizer = "class_features" not in tensors.get(TUNER_FILE, {})
     if tokenizer is None and needs_tokenizer:
         tokenizer = load_tokenizer(clip, config["base_model"], **hub)
+    logger.info("loading a %s from %s", cls.__name__, folder)
     loaded = cls.rebuild(config, tensors, clip, tokenizer, classes, folder)
     loaded.about, loaded.saved_in = config.get("about"), folder
     return loaded
@@ -278,7 +286,8 @@ def fetch(id_or_dir: str | os.PathLike[str], *, revision: str | None = None, **h
     name = str(id_or_dir)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FVGError(
-            f"there is no folder {name}; give a folder written by save_pretrained, or a Hub id like 'me/pets-fvg'."
+            f"there is no folder {name}. {closest(name, _folders_beside(name))}Give a folder written by "
+            "save_pretrained, or a Hub id like 'me/pets-fvg'."
         )
     from huggingface_hub import snapshot_download
 
@@ -294,6 +303,12 @@ def fetch(id_or_dir: str | os.PathLike[str], *, revision: str | None = None, **h
         said = _instead(_on_hub(name, revision, hub))
         raise FVGError(f"the Hub repository {name!r} has no {CONFIG_FILE}; nothing was put there by push_to_hub.{said}")
     return folder
+
+
+def _folders_beside(name: str) -> list[str]:
+    """The folders that lie where this one should."""
+    parent = Path(name).expanduser().parent
+    return [str(parent / inner.name) for inner in parent.iterdir() if inner.is_dir()] if parent.is_dir() else []
 
 
 def _on_hub(id_or_dir: str | os.PathLike[str], revision: str | None, hub: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ pocket data, with one shot and one epoch where they train. What cannot run here 
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 import shutil
@@ -79,6 +80,14 @@ def test_languages_are_known() -> None:
     assert len(RUN) >= 5
 
 
+@pytest.fixture
+def log_as_found() -> Iterator[None]:
+    """A page may turn the log on."""
+    yield
+    logging.getLogger("fvg_adapter").setLevel(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("log_as_found")
 @pytest.mark.parametrize("page", RUN)
 def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fvg_adapter import __version__
 from fvg_adapter.cli.auditing import audit_model
@@ -20,24 +21,35 @@ from fvg_adapter.cli.training import train_and_compare
 
 __all__ = ["app", "main"]
 
+
+class WithPanels(TyperCommand):
+    """A command whose own help groups its options in panels."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "rich_markup_mode": "rich"})
+
+
 app: typer.Typer = typer.Typer(
     name="fvg-adapter",
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
+    add_completion=True,
+    rich_markup_mode=None,  # rich takes twice as long to import as everything else that this help needs
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train")(train_and_compare)
-app.command("eval")(evaluate_adapter)
-app.command("predict")(predict_images)
-app.command("info")(describe_adapter)
-app.command("push")(push_adapter)
-app.command("convert")(convert_checkpoint)
-app.command("audit")(audit_model)
-app.command("show")(show_pictures)
-app.command("reproduce")(reproduce_tables)
-app.command("masks")(write_mask_files)
+for _name, _command, _short in (
+    ("train", train_and_compare, "Tune prompts, add FVG-PT, score everything."),
+    ("eval", evaluate_adapter, "Score a saved adapter on a data set."),
+    ("predict", predict_images, "Name what is in pictures, among any classes."),
+    ("info", describe_adapter, "Explain a saved adapter, or any other file."),
+    ("push", push_adapter, "Share a saved adapter on the Hub."),
+    ("convert", convert_checkpoint, "Turn a checkpoint of Dassl's into an adapter."),
+    ("masks", write_mask_files, "Write foreground masks for a data set."),
+    ("show", show_pictures, "See what decides an answer, before and after."),
+    ("audit", audit_model, "Find out whether a model takes shortcuts."),
+    ("reproduce", reproduce_tables, "Make the paper's tables, resumable."),
+):
+    app.command(_name, cls=WithPanels, short_help=_short)(_command)
 
 
 def _version(wanted: bool) -> None:
@@ -79,4 +91,4 @@ def _about(
 
 def main() -> None:
     """Entry point of the `fvg-adapter` script."""
-    app()
+    app(prog_name="fvg-adapter")

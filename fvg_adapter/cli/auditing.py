@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from fvg_adapter.cli.console import (
     AsJson,
@@ -103,6 +100,10 @@ def audit_model(
         show_json(record)
         return
     show(in_words(found))
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     for name, (head, _) in SHORT.items():
         first = name == "name"

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from fvg_adapter.errors import FVGError
 
@@ -31,7 +29,7 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or mps.", show_default="a GPU if there is one", metavar="NAME")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' messages.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, the log and the libraries' messages.")]
 Base = Annotated[
     str | None,
     typer.Option("--model", metavar="ID_OR_DIR", help="The base model.", show_default="the one that the adapter names"),
@@ -40,6 +38,9 @@ Base = Annotated[
 
 def say(text: str) -> None:
     """A line on stderr."""
+    from rich.console import Console
+    from rich.markup import escape
+
     Console(stderr=True, soft_wrap=True, highlight=False).print(escape(printable(text)))
 
 
@@ -50,6 +51,9 @@ def say_progress() -> Callable[[str], None] | None:
 
 def show(what: Any) -> None:
     """Plain text or something rich on stdout."""
+    from rich.console import Console
+    from rich.markup import escape
+
     Console(highlight=False, soft_wrap=isinstance(what, str)).print(
         escape(printable(what)) if isinstance(what, str) else what
     )
@@ -114,11 +118,28 @@ def _quiet(debug: bool) -> Iterator[None]:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if debug else "error")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _log_shown() if debug else contextlib.nullcontext():
         if not debug:
             warnings.simplefilter("ignore", FutureWarning)
             warnings.showwarning = lambda message, *unused, **unused_too: say(f"warning: {message}")
         yield
+
+
+@contextlib.contextmanager
+def _log_shown() -> Iterator[None]:
+    """What our modules log, on stderr."""
+    import logging
+
+    log = logging.getLogger("fvg_adapter")
+    handler, level = logging.StreamHandler(), log.level
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -149,12 +170,12 @@ def load_base(name: str, device: str) -> tuple[Any, Any]:
         FVGError: it cannot be loaded, or is no dual encoder that we know.
     """
     from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
     from fvg_adapter.towers import DualEncoder
 
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        disable_progress_bar()
     try:
         clip = AutoModel.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)

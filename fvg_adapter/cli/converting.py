@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from fvg_adapter.cli.console import (
     AsJson,
@@ -23,6 +21,8 @@ from fvg_adapter.cli.console import (
 from fvg_adapter.errors import FVGError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fvg_adapter.convert import Converted
 
 
@@ -101,6 +101,9 @@ def _record(result: Converted) -> dict[str, Any]:
 
 def _table(result: Converted) -> Table:
     """Every tensor of the checkpoint: what became of it."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table("in the checkpoint", "here")
     for ours, theirs in result.kept.items():
         first, last = printable(theirs[0]), printable(theirs[-1])

@@ -7,7 +7,6 @@ import math
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from fvg_adapter.cli.console import (
     AsJson,
@@ -95,6 +94,8 @@ def evaluate_adapter(
         show_json({"adapter": adapter, "data": data, "split": split, **counts, **figures})
         return
     show(f"{adapter} on {data}, split {split}")
+    from rich.table import Table
+
     table = Table()
     table.add_column("figure")
     table.add_column("value", justify="right")

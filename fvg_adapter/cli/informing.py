@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from fvg_adapter.cli.console import AsJson, Debug, mistakes_told, printable, show, show_json
+from fvg_adapter.cli.recognising import recognised
 from fvg_adapter.errors import FVGError
 
 _MANY = 12
@@ -17,28 +17,35 @@ _MANY = 12
 
 @mistakes_told
 def describe_adapter(
-    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a saved adapter.")],
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a saved adapter; or any file.")],
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Explain a saved adapter: kind, classes, base model, sizes, versions, unusual settings.
 
-    Only the adapter's own files are read; the base model is not loaded.
+    Only the adapter's own files are read; the base model is not loaded. What is no adapter of ours (a base model, a
+    Dassl checkpoint, a PEFT adapter, a training's checkpoint, a bank, pictures) is named, with what to do with it.
 
     Examples:
 
     \b
     fvg-adapter info out/adapter
     fvg-adapter info me/pets-fvg --json
+    fvg-adapter info old/prompt_learner/model.pth.tar-50
     """
-    about = describe(adapter)
+    other = recognised(Path(adapter))
+    about = other or describe(adapter)
     if as_json:
         show_json(about)
         return
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(show_header=False)
     table.add_column("what", style="bold", no_wrap=True)
     table.add_column("value", overflow="fold")
-    for name, value in _lines(about):
+    lines = [("kind", about["kind"]), ("what", about["what"]), ("next", about["next"])] if other else _lines(about)
+    for name, value in lines:
         table.add_row(name, Text(printable(value)))
     show(table)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from fvg_adapter.cli.console import (
     MISTAKEN,
@@ -25,6 +23,10 @@ from fvg_adapter.cli.console import (
     show,
     show_json,
 )
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 AT_ONCE = 32
 
@@ -60,14 +62,18 @@ def predict_images(
         --model openai/clip-vit-base-patch16
     fvg-adapter predict me/pets-fvg a.jpg --classes @names.txt --json
     """
+    from fvg_adapter.progress import counting
+
     names = None if classes is None else class_names(classes)
     place = prepare(device, threads)
     loaded = load_adapter(adapter, model, place)
     if names is not None:
         loaded.set_classes(names)
     rows = []
-    for start in range(0, len(images), AT_ONCE):
-        rows += _predicted(loaded, images[start : start + AT_ONCE], top_k)
+    with counting(None, "predicting", len(images)) as tell:
+        for start in range(0, len(images), AT_ONCE):
+            rows += _predicted(loaded, images[start : start + AT_ONCE], top_k)
+            tell(len(rows))
     failed = [row for row in rows if "error" in row]
     for row in failed:
         say(f"warning: {row['error']}")
@@ -113,6 +119,9 @@ def _predicted(model: Any, paths: list[Path], top_k: int) -> list[dict[str, Any]
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table()
     table.add_column("picture", overflow="fold")
     table.add_column("class")

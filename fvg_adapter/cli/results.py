@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE
-from rich.table import Table
-from rich.text import Text
-
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fvg_adapter.protocols import Results
 
 COLUMNS = {"base": "base", "new": "new", "hm": "HM", "joint_hm": "joint HM"}
@@ -18,6 +16,10 @@ COLUMNS = {"base": "base", "new": "new", "hm": "HM", "joint_hm": "joint HM"}
 
 def table_of(results: Results) -> Table:
     """A row a model: mean and, over several seeds, standard deviation of each metric."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns hold the longest row
     table.add_column("model", no_wrap=True)
     for name in COLUMNS.values():

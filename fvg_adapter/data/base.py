@@ -16,7 +16,7 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fvg_adapter.data.errors import DataError, DataFileError, UnreadableImageWarning, listed
+from fvg_adapter.data.errors import DataError, DataFileError, UnreadableImageWarning, listed, suggestion
 from fvg_adapter.data.images import Picture, decode_mask
 from fvg_adapter.data.splits import select_classes
 from fvg_adapter.data.watch import MaskWatch
@@ -226,4 +226,4 @@ def check_labels(labels: Sequence[int], classes: Sequence[str]) -> None:
 def check_masks_policy(masks: str) -> None:
     """Raise DataError for an unknown value of `masks`."""
     if masks not in MASK_POLICIES:
-        raise DataError(f"masks={masks!r} is unknown: 'require', 'optional' or 'none' is expected.")
+        raise DataError(f"masks={masks!r} is unknown. {suggestion(masks, MASK_POLICIES)}")

@@ -7,6 +7,7 @@ modules of the frozen CLIP in every step, and fetches items one by one). So wher
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from fvg_adapter.errors import FVGError
 from fvg_adapter.features import FeatureBank
 from fvg_adapter.train.batches import Batches, drawn_view
 from fvg_adapter.tuners.recipes import Stage
+
+logger = logging.getLogger(__name__)
 
 Rows = list[dict[str, float]]
 
@@ -67,6 +70,7 @@ def train_from_bank(
                 each_step(step)
         means = {name: float(total / len(batches)) for name, total in sums.items()}
         rows.append({**means, "loss": means[""], "learning_rate": optimizer.param_groups[0]["lr"]})
+        logger.info("epoch %d of %d: loss %.4f", epoch + 1, recipe.epochs, means[""])
         each_epoch(epoch + 1)
     return rows
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import logging
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +24,9 @@ from fvg_adapter.data.randomness import randomness_kept
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.features import FeatureBank
 from fvg_adapter.model import FVGModel
+from fvg_adapter.progress import step_bar, wanted
 from fvg_adapter.replacing import scratch
 from fvg_adapter.train.banked import train_from_bank
-from fvg_adapter.train.bars import step_bar
 from fvg_adapter.train.batches import Batches, Collate, Drawn, Loader
 from fvg_adapter.train.checkpoints import checkpoint_for, last_checkpoint, load_average
 from fvg_adapter.tuners.averaging import GaussianAverage
@@ -34,6 +34,8 @@ from fvg_adapter.tuners.base import Tuner
 from fvg_adapter.tuners.recipes import Stage, recipe_for
 
 Model = FVGModel | Tuner
+logger = logging.getLogger(__name__)
+
 PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -117,6 +119,11 @@ def fit(
         found = checkpoint_for(resume, output_dir, model)
         if output_dir is not None:
             _check_output(Path(output_dir))
+        learning = sum(p.numel() for p in model.trainable_parameters())
+        what = type(model).__name__ if isinstance(model, Tuner) else f"the heads behind {type(model.tuner).__name__}"
+        logger.info("training %s: %d parameters, %d items, %s", what, learning, len(dataset), recipe)
+        if found is not None:
+            logger.info("going on from %s", found)
         simple = isinstance(dataset, FeatureBank) and output_dir is None and not report_to
         if simple and precision == "no" and accumulate == 1 and "LOCAL_RANK" not in os.environ:
             bank: FeatureBank = dataset
@@ -154,7 +161,7 @@ def fit(
         average = _average(model, recipe.epochs, found)
         at_epoch_end = machinery.AtEpochEnd(model, recipe.epochs, every, on_epoch, average)
         trainer = machinery.HeadTrainer(model, args, recipe, loader, at_epoch_end)
-        if args.process_index == 0 and (sys.stderr.isatty() if progress is None else progress):
+        if wanted(progress):
             trainer.add_callback(stack.enter_context(machinery.bar(recipe.epochs * batches.steps)))
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
     rows = [row for row in trainer.state.log_history if "loss" in row]
@@ -195,8 +202,8 @@ def _fit_from_bank(
     with contextlib.ExitStack() as stack:
         stack.callback(model.eval)
         show = None
-        if sys.stderr.isatty() if progress is None else progress:
-            show = stack.enter_context(step_bar(recipe.epochs * batches.steps))
+        if wanted(progress):
+            show = stack.enter_context(step_bar(recipe.epochs * batches.steps, "epoch 0"))
         torch.manual_seed(seed)
         rows = train_from_bank(
             model,

@@ -6,6 +6,7 @@ Importing it takes seconds, so `fit` does it when called. Imports tuners.recipes
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,12 +18,14 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fvg_adapter.errors import FVGError
+from fvg_adapter.progress import step_bar
 from fvg_adapter.train.banked import not_finite
-from fvg_adapter.train.bars import step_bar
 from fvg_adapter.train.batches import Batches, Loader
 from fvg_adapter.train.checkpoints import Staging, checkpoint_folder, save_average
 from fvg_adapter.tuners.averaging import GaussianAverage
 from fvg_adapter.tuners.recipes import Stage
+
+logger = logging.getLogger(__name__)
 
 TERM = "loss_"
 """Before the name of a loss term in the logs."""
@@ -153,6 +156,8 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
             names = (TERM + name if name else "loss" for name in self._sums)
             logs.update(zip(names, means.tolist(), strict=True))
             self._sums, self._batches = {}, 0
+            if self.is_world_process_zero():
+                logger.info("epoch %d of %d: loss %.4f", round(self.state.epoch or 0), self.recipe.epochs, logs["loss"])
         super().log(logs, *args, **kwargs)
 
     def _get_grad_norm(self, *unused: Any, **also_unused: Any) -> None:
@@ -205,5 +210,5 @@ class Bar(TrainerCallback):  # type: ignore[misc]
 @contextlib.contextmanager
 def bar(steps: int) -> Iterator[Bar]:
     """A bar on stderr that is gone when the training is."""
-    with step_bar(steps) as show:
+    with step_bar(steps, "epoch 0") as show:
         yield Bar(show)

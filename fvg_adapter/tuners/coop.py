@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fvg_adapter.errors import FVGError, nearest
+from fvg_adapter.errors import FVGError, closest, nearest
 from fvg_adapter.tuners.base import Tuner
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Position, Prompts, check_context, plain, with_context
 from fvg_adapter.untrusted import room_for
@@ -91,8 +91,7 @@ class CoOp(Tuner):
         if unknown:
             raise FVGError(
                 f"class-specific contexts were tuned for {len(self.base_classes)} classes and cannot score others, "
-                "such "
-                f"as {unknown[:3]}; tune with csc=False to score any class list."
+                f"such as {unknown[:3]}. {closest(unknown[0], self.base_classes)}Tune with csc=False to score any list."
             )
 
     def prompts(self, classes: Sequence[str]) -> Prompts:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fvg_adapter.errors import FVGError
+from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.modes import full_precision
 from fvg_adapter.towers import hidden_of, replace_hidden
 from fvg_adapter.tuners.base import Tuner, TunerOutput, check_labels
@@ -219,7 +219,7 @@ class MMRL(Tuner):
     def image_features(self, pixel_values: Tensor, *, branch: str = "base") -> Tensor:
         """α v + (1 − α) r for the base branch (not unit length), v for the new one (METHOD section 5)."""
         if branch not in BRANCHES:
-            raise FVGError(f"branch {branch!r} is unknown; MMRL scores 'base' and 'new' classes.")
+            raise FVGError(f"branch {branch!r} is unknown. {nearest(branch, BRANCHES)}")
         return self.branch_image_features(pixel_values)[BRANCHES.index(branch)]
 
     def _fused(self, main: Tensor, rep: Tensor) -> Tensor:

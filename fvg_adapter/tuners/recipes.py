@@ -49,6 +49,8 @@ class Stage:
         """The optimiser over some parameters."""
         if self.optimizer == "adamw":
             return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        if self.optimizer != "sgd":
+            raise FVGError(f"optimizer {self.optimizer!r} is unknown. {nearest(self.optimizer, ('sgd', 'adamw'))}")
         return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def learning_rate(self, epoch: int, epochs: int | None = None) -> float:

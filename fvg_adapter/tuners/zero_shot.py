@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fvg_adapter.errors import FVGError
+from fvg_adapter.errors import FVGError, closest
 from fvg_adapter.modes import full_precision
 from fvg_adapter.towers import DualEncoder
 from fvg_adapter.tuners.base import Tuner, feature_encoder
@@ -60,7 +60,8 @@ class ZeroShot(Tuner):
         if unknown:
             raise FVGError(
                 f"no text feature was given for {unknown[:5]}; this model has no text tower, so only "
-                f"{list(self._given)[:5]}… can be scored. Wrap it again with classes={{name: feature}}."
+                f"{list(self._given)[:5]}… can be scored. {closest(unknown[0], self._given)}Wrap it "
+                "again with classes={name: feature}."
             )
 
     def text_features(self) -> Tensor:

@@ -81,7 +81,7 @@ for name, maps in (("before", before), ("after LoRA", after)):
     axis.plot(range(layers), inside(maps), marker="o", label=name)
 axis.axhline(area, color="grey", linestyle=":", label="attention spread evenly")
 axis.set(xlabel="layer", ylabel="share inside the foreground", xticks=range(layers), ylim=(0, 1))
-axis.legend()
+axis.legend(loc="upper left")
 plt.show()
 print(f"last layer: {inside(before)[-1]:.3f} before, {inside(after)[-1]:.3f} after")
 
