@@ -117,9 +117,8 @@ def write_masks(
     if shared.rank != 0:
         _begin(folder, plan)
     jobs = _jobs(datasets, root, folder, format)
-    blocks = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)][
-        shared.rank :: shared.world
-    ]
+    every = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+    blocks = every[shared.rank :: shared.world]
     total, done, start = sum(map(len, blocks)), 0, time.monotonic()
     rows: list[_Row] = []
     with ThreadPoolExecutor(max_workers=4) as decoders:
