@@ -2,7 +2,7 @@
 
 `ROOT/a/b/img.jpg` gets `OUTPUT/a/b/img.png`. Files appear whole or not at all; what is there is kept, so a run that was
 killed goes on; under a launcher the processes share the pictures, and what comes out does not depend on how many they
-are, since pictures always go through a model in the same blocks. Imports data, foreground, segmenters and attention.
+are, since pictures always go through a model in the same blocks. Imports data; `mask_makers` makes the masks.
 """
 
 from __future__ import annotations
@@ -18,26 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
-from fvg_adapter.attention import record_attention
-from fvg_adapter.config import CLIP_MEAN, CLIP_STD, FVGConfig
-from fvg_adapter.data import MaskedImageFolder, PairedTransform, UnreadableImageError
+from fvg_adapter.data import MaskedImageFolder, UnreadableImageError
 from fvg_adapter.data.images import DecodedMask, Picture, as_stored, read_mask, read_picture
 from fvg_adapter.data.watch import looks_inverted
 from fvg_adapter.errors import FVGError, nearest
-from fvg_adapter.foreground import attention_mask_from_map, masks_from, prepare_mask
 from fvg_adapter.launched import Processes
-from fvg_adapter.segmenters import Segmenter
+from fvg_adapter.mask_makers import Maker
 
 FORMATS = ("png", "jpg")
 PLAN = "masks.json"
-Maker = Callable[[Sequence[PILImage], Sequence[str]], "list[Tensor]"]
-"""From upright RGB pictures and their class names to masks (H, W) bool, each in its picture's size."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,7 @@ def write_masks(
     Args:
         datasets: opened without masks, all below the same root.
         output: the folder that mirrors the root; `ROOT/mask` is where MaskedImageFolder looks by itself.
-        make: see `Maker`. settings: what decides its masks, a JSON object; kept in OUTPUT/masks.json.
+        make: see `mask_makers.Maker`. settings: what decides its masks, a JSON object; kept in OUTPUT/masks.json.
         format: "png" is read back bit for bit; "jpg" is the authors' own (RGB), which keeps the name of .jpg pictures
             and changes a few pixels at outlines.
         batch_size: pictures in a block. A block is made again as a whole where any of its files is missing.
@@ -117,9 +110,8 @@ def write_masks(
     if shared.rank != 0:
         _begin(folder, plan)
     jobs = _jobs(datasets, root, folder, format)
-    blocks = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)][
-        shared.rank :: shared.world
-    ]
+    every = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+    blocks = every[shared.rank :: shared.world]
     total, done, start = sum(map(len, blocks)), 0, time.monotonic()
     rows: list[_Row] = []
     with ThreadPoolExecutor(max_workers=4) as decoders:
@@ -282,57 +274,3 @@ def _summary(rows: Sequence[_Row], seconds: float, usable: tuple[float, float]) 
         images_per_second=written / seconds if seconds > 0 else float("nan"),
         areas=areas,
     )
-
-
-# -- makers ------------------------------------------------------------------------------------------------------------
-
-
-def attention_masks(model: Any, config: FVGConfig, size: tuple[int, int]) -> Maker:
-    """Masks from a model's own attention, the whole picture stretched over its input.
-
-    Args:
-        model: what `record_attention` takes. config: layers, threshold and normalisation. size: of the model's input.
-    """
-    transform = PairedTransform(size, config.image_mean, config.image_std, train=False, resize=size)
-
-    @torch.no_grad()
-    def make(pictures: Sequence[PILImage], classes: Sequence[str]) -> list[Tensor]:
-        pixels = torch.stack([transform(picture)["pixel_values"] for picture in pictures])
-        tower = getattr(model, "vision_model", model)
-        first = next(model.parameters())
-        with record_attention(model, config.attention_layers) as record:
-            _run_vision(model, tower, pixels.to(first.device, first.dtype))
-        maps = record.attention().mean((1, 2))  # (B, layers, heads, h, w) -> (B, h, w)
-        return [
-            attention_mask_from_map(m[None], (p.height, p.width), threshold=config.attention_threshold)[0, 0]
-            .bool()
-            .cpu()
-            for m, p in zip(maps, pictures, strict=True)
-        ]
-
-    return make
-
-
-def _run_vision(model: Any, tower: Any, pixels: Tensor) -> None:
-    run = getattr(model, "get_image_features", None)
-    if callable(run):
-        run(pixel_values=pixels)
-    else:
-        tower(pixel_values=pixels)
-
-
-def source_masks(source: Any, size: int, device: Any = "cpu") -> Maker:
-    """Masks from a Segmenter, at its own resolution, or from any callable, at `size` by `size` pixels."""
-    if isinstance(source, Segmenter):
-        return lambda pictures, classes: source.masks(pictures, list(classes) if source.prompted else None)
-    transform = PairedTransform(size, CLIP_MEAN, CLIP_STD, train=False, resize=(size, size))
-
-    @torch.no_grad()
-    def make(pictures: Sequence[PILImage], classes: Sequence[str]) -> list[Tensor]:
-        pixels = torch.stack([transform(picture)["pixel_values"] for picture in pictures]).to(device)
-        masks = prepare_mask(masks_from(source, pixels, classes=list(classes)), pixels)  # (B, 1, size, size)
-        sizes = [(picture.height, picture.width) for picture in pictures]
-        large = [F.interpolate(m[None], size=s, mode="bilinear")[0, 0] for m, s in zip(masks, sizes, strict=True)]
-        return [(m >= 0.5).cpu() for m in large]
-
-    return make

@@ -28,7 +28,8 @@ def contact_sheet(
 
     Args:
         datasets: opened with the masks. areas: share of each mask by its picture's path below the root.
-        path: the PNG. pictures: spread evenly over the data. doubtful: at most so many whose mask is unusable.
+        path: the PNG. pictures: spread evenly over the data. doubtful: at most so many more whose mask is
+            unusable.
         usable_area: outside it a mask is unusable.
 
     Returns:
@@ -43,7 +44,8 @@ def contact_sheet(
     count = min(pictures, len(known))
     chosen = [known[(2 * k + 1) * len(known) // (2 * count)] for k in range(count)]
     bad = [p for p in known if not usable_area[0] <= areas[p[2]] <= usable_area[1] and p not in chosen]
-    chosen += bad[:doubtful]
+    few = min(doubtful, len(bad))
+    chosen += [bad[k * len(bad) // few] for k in range(few)]
     rows = max(1, -(-len(chosen) // _COLUMNS))
     cell = _SIDE + _GAP, _SIDE + _CAPTION + _GAP
     page = Image.new("RGB", (_COLUMNS * cell[0] + _GAP, rows * cell[1] + _GAP), "white")

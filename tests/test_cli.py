@@ -395,7 +395,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--tuner", "zero_shot", "--tune-lr", "1"), "learns nothing in stage one"),
         (("--tuner-options", "{n_ctx"), "must be a JSON object"),
         (("--tuner-options", "[1]"), "must be a JSON object"),
-        (("--foreground", "mask"), "foreground is 'mask'"),
+        (("--foreground", "mask"), "foreground source 'mask' is unknown"),
         (("--precision", "bf61"), "Did you mean 'bf16'?"),
         (("--lr", "-1"), "--lr must be above 0"),
         (("--lambda-distill", "-1"), "lambda_distill must not be negative"),

@@ -27,7 +27,8 @@ from fvg_adapter.data import MaskedImageFolder, PairedTransform
 from fvg_adapter.errors import FVGError
 from fvg_adapter.foreground import attention_mask_from_map
 from fvg_adapter.launched import Processes
-from fvg_adapter.mask_files import PLAN, source_masks, write_masks
+from fvg_adapter.mask_files import PLAN, write_masks
+from fvg_adapter.mask_makers import source_masks
 from fvg_adapter.segmenters import Segmenter
 
 HERE = ("--device", "cpu", "--threads", "1")

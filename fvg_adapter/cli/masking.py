@@ -26,7 +26,8 @@ from fvg_adapter.cli.console import (
 from fvg_adapter.errors import FVGError
 
 if TYPE_CHECKING:
-    from fvg_adapter.mask_files import Maker, MaskSummary
+    from fvg_adapter.mask_files import MaskSummary
+    from fvg_adapter.mask_makers import Maker
 
 _ATTENTION, _SEGMENTER, _RUN = "Source: attention", "Source: a segmenter", "Running"
 
@@ -161,7 +162,7 @@ def _splits(root: Path, given: str | None) -> list[str | None]:
 def _maker(source: str, place: str, **given: Any) -> tuple[Maker, dict[str, Any]]:
     """What makes the masks, and what is recorded of it."""
     from fvg_adapter.foreground import source_name
-    from fvg_adapter.mask_files import attention_masks, source_masks
+    from fvg_adapter.mask_makers import attention_masks, source_masks
     from fvg_adapter.segmenters import Segmenter, clean, source_named
 
     largest, fill = given["largest"], given["fill_holes"]
