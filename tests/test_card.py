@@ -135,6 +135,12 @@ def test_figures_with_seeds_spread_and_controls(model: FVGModel, tmp_path: Path)
     assert "arXiv:2603.08708" in card.text and "Learning to Prompt for Vision-Language Models" in card.text
 
 
+def test_row_names_are_harmless(model: FVGModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "a", results={"<img src=x>|y": ROWS["clip"], "coop+fvg": ROWS["coop+fvg"]})
+    text = card_in(tmp_path / "a").text
+    assert "<img" not in text and "&lt;img src=x&gt;\\|y" in text
+
+
 def test_what_evaluate_returns_is_one_row(model: FVGModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "a", results={"base": 80.0, "new": 60.0, "hm": 68.57, "d_fg": float("nan")})
     card = card_in(tmp_path / "a")

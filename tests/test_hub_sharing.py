@@ -14,6 +14,7 @@ import socket
 import urllib.request
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from fvg_adapter.cli import app
 from fvg_adapter.hub import push_folder, update_card
 from fvg_adapter.tuners import CoOp
 
+NEW_CLIENT = int(version("huggingface_hub").split(".")[0]) >= 1
 BROKEN = b"---\ntags: [\n---\n# Broken on the Hub"
 
 
@@ -104,7 +106,8 @@ def author(folder: Path) -> Found:
     model.tuner.push_to_hub("me/prompts", private=True, license="mit")
 
     card = ModelCard.load("me/fvg")  # with huggingface_hub's own tools, from the Hub
-    card.validate()
+    if NEW_CLIENT:  # before, it asks huggingface.co whatever HF_ENDPOINT says; a push asks the loopback anyway
+        card.validate()
     report["card"] = {**card.data.to_dict(), "picture": "](attention.png)" in card.text}
     same = [EvalResult(**vars(result)) for result in card.data.eval_results]
     report["values"] = [result.metric_value for result in same]
@@ -197,6 +200,8 @@ def reader(folder: Path) -> Found:
         report["errors"][name] = message(lambda name=name: load(f"me/{name}", clip=clip, tokenizer=tokenizer, **empty))
     report["errors"]["revision"] = message(lambda: load("me/fvg", revision="nowhere"))
 
+    if not NEW_CLIENT:  # huggingface_hub 0.36 gives up at the first interruption; the next attempt goes on
+        report["errors"]["cut"] = message(lambda: load("me/cut", clip=clip, tokenizer=tokenizer))
     found["cut"] = logits(load("me/cut", clip=clip, tokenizer=tokenizer))  # broken off once: goes on in the middle
     report["errors"]["gone"] = message(lambda: load("me/gone", clip=clip, tokenizer=tokenizer))
     kept = Path(os.environ["HF_HOME"]) / "hub/models--me--gone"
@@ -395,8 +400,11 @@ def test_two_processes_at_once_are_one_after_the_other(hub: LoopbackHub, raced: 
 def test_without_the_variable_xet_is_used_or_named(raced: list[Found]) -> None:
     assert raced[0][0]["by xet"].startswith("no error")
     assert raced[1][0]["url"]  # nothing is large in me/race: no Xet is asked for
-    assert "'me/lfs' could not be pushed" in raced[1][0]["by xet"]
-    assert "HF_HUB_DISABLE_XET=1" in raced[1][0]["by xet"]
+    said = raced[1][0]["by xet"]
+    if NEW_CLIENT:
+        assert "'me/lfs' could not be pushed" in said and "HF_HUB_DISABLE_XET=1" in said
+    else:
+        assert said.startswith("no error")  # 0.36 asks by which way to upload, and takes LFS
 
 
 def test_the_page_on_sharing_did_what_it_says(hub: LoopbackHub, pushed: Found) -> None:
