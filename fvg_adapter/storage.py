@@ -39,7 +39,7 @@ _TEXTS = {
     "tuner": ("kind",),
     "base_model": ("id", "revision", "path", "tokenizer", "class"),
 }
-_PATTERNS = [CONFIG_FILE, TUNER_FILE, HEADS_FILE, "lora/*"]
+_PATTERNS = [CONFIG_FILE, TUNER_FILE, HEADS_FILE, "lora/adapter_config.json", "lora/adapter_model.safetensors"]
 
 Self = TypeVar("Self", bound="Pretrained")
 
