@@ -23,7 +23,7 @@ from fvg_adapter.untrusted import TensorFile, read_json
 FOLDER = "lora"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-METHODS = ("LORA", "IA3", "LOHA", "LOKR", "ADALORA", "OFT", "BOFT", "HRA", "LN_TUNING")
+METHODS: tuple[str, ...] = ("LORA", "IA3", "LOHA", "LOKR", "ADALORA", "OFT", "BOFT", "HRA", "LN_TUNING")
 """PEFT methods that are read from files: made of named layers, without memory of their own until the weights fit."""
 _MAX_CONFIG_BYTES = 2**20
 _LARGEST = 8192
