@@ -27,7 +27,7 @@ from fvg_adapter.untrusted import Header, read_header, read_json
 FORMAT, VERSION = "fvg_bank", 2
 PLAN, INDEX = "plan.json", "index.json"
 _MAX_INDEX_BYTES = 32 * 2**20  # 8 million images
-TENSORS = {
+TENSORS: dict[str, int] = {
     **dict.fromkeys(("image", "foreground", "prior", "image_new", "foreground_prior", "foreground_new"), 3),
     **dict.fromkeys(("mask_area", "usable", "attention_in_mask"), 2),
 }

@@ -39,9 +39,9 @@ _TEXTS = {
     "tuner": ("kind",),
     "base_model": ("id", "revision", "path", "tokenizer", "class"),
 }
-_PATTERNS = [CONFIG_FILE, TUNER_FILE, HEADS_FILE, "lora/*"]
 _BESIDE = ("lora/adapter_config.json", "lora/adapter_model.safetensors")
 """PEFT's files, which the config gives the hash of too (from 0.1 on; files without it are read all the same)."""
+_PATTERNS = [CONFIG_FILE, TUNER_FILE, HEADS_FILE, *_BESIDE]
 
 Self = TypeVar("Self", bound="Pretrained")
 

@@ -37,7 +37,7 @@ SMALL_BYTES = 2**24
 """A tensor up to this size is made on a config's word, so that all that does not fit can be named together."""
 MAX_DEPTH = 32
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1}
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)

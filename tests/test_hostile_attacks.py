@@ -156,6 +156,8 @@ LORA = "lora/adapter_config.json"
         ({"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "/etc"}, "of the method 'PROMPT_TUNING'"),
         ({"peft_type": "XLORA"}, "of the method 'XLORA'"),
         ({"target_modules": "(?:(?:a|.)*)*!"}, "cannot be used|PEFT refused"),
+        ({"target_modules": "(?:.|..|...)*[0-9][0-9]"}, "cannot be used: regex timed out"),
+        ({"target_modules": "(?:a{1000}){1000}"}, "counts with"),
         ({"target_modules": "("}, "cannot be used"),
         ({"target_modules": "x" * 2000}, "longer than 1000"),
         ({"target_modules": ["(a+)+$"]}, "the name of a module is expected"),

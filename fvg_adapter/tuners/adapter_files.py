@@ -24,14 +24,14 @@ from fvg_adapter.untrusted import TensorFile, read_json, shapes_of
 FOLDER = "lora"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-METHODS = ("LORA", "IA3", "LOHA", "LOKR", "ADALORA", "OFT", "BOFT", "HRA", "LN_TUNING")
+METHODS: tuple[str, ...] = ("LORA", "IA3", "LOHA", "LOKR", "ADALORA", "OFT", "BOFT", "HRA", "LN_TUNING")
 """PEFT methods that are read from files: made of named layers, without memory of their own until the weights fit."""
 _MAX_CONFIG_BYTES = 2**20
 _LARGEST = 8192
 """A rank, a block: PEFT makes each matrix once before it drops its memory."""
 _SEEDS = ("seed", "key")
 _MOST = 4096
-_MATCHING_SECONDS = 0.5
+_MATCHING_SECONDS = 0.25
 _PATTERN = 1000
 _NOTED = ("peft_type", "peft_version", "task_type", "inference_mode", "base_model_name_or_path", "revision")
 _NAMED = ("target_modules", "feedforward_modules", "exclude_modules")
@@ -134,8 +134,8 @@ def _matched(name: str, value: Any, names: list[str], place: Path) -> list[str] 
         return value if value == "all-linear" else _plain_list(name, value, place)
     end = time.monotonic() + _MATCHING_SECONDS
     try:
-        if len(value) > _PATTERN:
-            raise ValueError(f"it is longer than {_PATTERN} characters")
+        if len(value) > _PATTERN or "{" in value:  # counted repeats are written out when a pattern is compiled
+            raise ValueError(f"it is longer than {_PATTERN} characters, or counts with {{}}")
         pattern = regex.compile(value)
         return [n for n in names if pattern.fullmatch(n, timeout=max(end - time.monotonic(), 1e-3))]
     except (regex.error, ValueError, TimeoutError, RecursionError, OverflowError, MemoryError) as error:

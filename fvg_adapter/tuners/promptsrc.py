@@ -101,11 +101,10 @@ class PromptSRC(Tuner):
                 f"and 0 "
                 "are needed."
             )
-        if not 1 <= len(self._teacher_templates) <= MAX_TEMPLATES:
-            raise FVGError(
-                f"teacher_templates holds {len(self._teacher_templates)} prompts; give at least one and at most "
-                f"{MAX_TEMPLATES}."
-            )
+        if not self._teacher_templates:
+            raise FVGError("teacher_templates is empty; give at least one prompt.")
+        if len(self._teacher_templates) > MAX_TEMPLATES:
+            raise FVGError(f"teacher_templates holds {len(self._teacher_templates)} prompts; at most {MAX_TEMPLATES}.")
 
     def _check_prompts(self, classes: tuple[str, ...]) -> None:
         for kind, depth, layers in (
