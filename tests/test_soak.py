@@ -94,7 +94,7 @@ def test_heads(kind: str, small_clip: CLIPModel, tokenizer: Any, pixels: Tensor)
         optimizer.step()
         if number % 10 == 0:
             model.eval()
-            with torch.no_grad(), model.use_classes([f"{NEW_CLASSES[0]} {number}", *NEW_CLASSES]):
+            with torch.no_grad(), model.use_classes([f"{NEW_CLASSES[0]} {number:05d}", *NEW_CLASSES]):
                 assert bool(model(pixels[:1]).logits.isfinite().all())
             model.train()
         return float(loss.detach())

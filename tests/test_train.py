@@ -323,6 +323,41 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(heads: Make, tmp_path: Path)
             shutil.rmtree(tmp_path / "broken" / later)
 
 
+def test_a_script_that_is_started_again_goes_on_by_itself(heads: Make, tmp_path: Path) -> None:
+    unbroken = heads()
+    fit(unbroken, Pictures(noise=1.0), recipe=RECIPE)
+
+    def stop(epoch: int, at: int) -> None:
+        if epoch == at:
+            raise KeyboardInterrupt
+
+    for at in (1, 2, 3):  # before the first checkpoint, and behind one
+        with pytest.raises(KeyboardInterrupt):
+            options: dict[str, Any] = {"output_dir": tmp_path, "resume": "auto"}
+            fit(heads(), Pictures(noise=1.0), recipe=RECIPE, on_epoch=lambda n, _, at=at: stop(n, at), **options)
+    model = heads()
+    result = fit(model, Pictures(noise=1.0), recipe=RECIPE, output_dir=tmp_path, resume="auto")
+    assert distance(own(model), own(unbroken)) == 0.0 and result.steps == 9
+    again = heads()
+    fit(again, Pictures(noise=1.0), recipe=RECIPE, output_dir=tmp_path, resume="auto")  # nothing is left to do
+    assert distance(own(again), own(unbroken)) == 0.0
+    with pytest.raises(FVGError, match="resume='auto' with an output_dir"):
+        fit(heads(), Pictures(), recipe=RECIPE, resume="auto")
+
+
+def test_checkpoints_of_an_earlier_training_are_not_taken_for_this_ones(heads: Make, tmp_path: Path) -> None:
+    """A longer training left checkpoints of higher steps, and one of the same step."""
+    fit(heads(), Pictures(), recipe=changed(epochs=3), output_dir=tmp_path, seed=7)
+    model = heads()
+    result = fit(model, Pictures(), recipe=changed(epochs=2), output_dir=tmp_path)
+    assert result.checkpoint == tmp_path / "checkpoint-6"
+    with safe_open(result.checkpoint / "model.safetensors", "pt") as file:
+        assert all(torch.equal(file.get_tensor(name), value) for name, value in model.state_dict().items())
+    resumed = heads()
+    fit(resumed, Pictures(), recipe=changed(epochs=2), output_dir=tmp_path, resume=True)
+    assert distance(own(resumed), own(model)) == 0.0
+
+
 def test_checkpoints_hold_our_tensors_only(heads: Make, tmp_path: Path) -> None:
     model = heads()
     result = fit(model, Pictures(), recipe=changed(epochs=5), output_dir=tmp_path, save_every_epochs=2)

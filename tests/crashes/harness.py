@@ -80,7 +80,9 @@ def kill_at_random(operation: Operation, kills: int, space: Path, *, seed: int =
     trial = space / "trial"
     while record.kills < kills:
         _begin(space)
-        while record.kills < kills and was_killed(lambda: operation.run(trial), chance.uniform(0, record.seconds)):
+        while record.kills < kills and was_killed(
+            lambda: operation.run(trial), chance.uniform(0, record.seconds), cpu=not operation.every_step
+        ):
             record.kills += 1
             record.found[in_child(lambda: operation.inspect(trial))] += 1
             if chance.random() < 0.5:
@@ -117,7 +119,7 @@ def _unbroken(operation: Operation, space: Path) -> tuple[Record, Any]:
     for _ in range(3):
         shutil.rmtree(whole, ignore_errors=True)
         shutil.copytree(start, whole)
-        durations.append(in_child(lambda: _timed(operation.run, whole)))
+        durations.append(in_child(lambda: _timed(operation.run, whole, cpu=not operation.every_step)))
     record.seconds = statistics.median(durations)
     return record, in_child(lambda: operation.result(whole))
 
@@ -179,8 +181,11 @@ def in_child(work: Callable[[], Any]) -> Any:
     return value
 
 
-def was_killed(work: Callable[[], Any], delay: float) -> bool:
+def was_killed(work: Callable[[], Any], delay: float, *, cpu: bool = False) -> bool:
     """Runs a function in a fork and kills it after so many seconds, if it does not kill itself; False where it ended.
+
+    With `cpu` the seconds are those of the fork's processor time: a long run on a busy machine is killed at its end as
+    often as at its beginning then.
 
     Raises:
         AssertionError: it raised.
@@ -199,7 +204,7 @@ def was_killed(work: Callable[[], Any], delay: float) -> bool:
     os.close(writing)
     with os.fdopen(reading, "rb", buffering=0) as pipe:
         pipe.read(1)
-        over = select.select([pipe], [], [], delay)[0]
+        over = _over_before(pipe, child, delay) if cpu else select.select([pipe], [], [], delay)[0]
         if not over:
             os.kill(child, signal.SIGKILL)
         answer = b"".join(iter(lambda: pipe.read(65536), b""))
@@ -208,6 +213,16 @@ def was_killed(work: Callable[[], Any], delay: float) -> bool:
         good, value = pickle.loads(answer)
         assert good, value
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and not answer
+
+
+def _over_before(pipe: Any, child: int, seconds: float) -> bool:
+    """Waits until a process has used so much processor time; True where it answered before."""
+    clock = (~child << 3) | 2  # clock_getcpuclockid(3) of Linux
+    begun = time.clock_gettime(clock)
+    while time.clock_gettime(clock) - begun < seconds:
+        if select.select([pipe], [], [], 0.001)[0]:
+            return True
+    return False
 
 
 def _work(run: Callable[[], tuple[bool, Any]], pipe: int) -> NoReturn:
@@ -222,7 +237,8 @@ def _work(run: Callable[[], tuple[bool, Any]], pipe: int) -> NoReturn:
     os._exit(0)
 
 
-def _timed(run: Callable[[Path], None], folder: Path) -> float:
-    begun = time.monotonic()
+def _timed(run: Callable[[Path], None], folder: Path, *, cpu: bool) -> float:
+    clock = time.process_time if cpu else time.monotonic
+    begun = clock()
     run(folder)
-    return time.monotonic() - begun
+    return clock() - begun
