@@ -63,9 +63,9 @@ def folded_attention(
     """
     query, weight, hidden = full_precision(query), full_precision(weight), full_precision(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        one = query.reshape(len(query), heads, 1, -1)  # (B, D) -> (B, heads, 1, d)
-        folded = (one @ weight.reshape(heads, -1, weight.shape[-1])).squeeze(2)  # (B, heads, width)
-        scores = folded @ hidden.mT * scale  # (B, heads, N)
+        one = query.reshape(len(query), heads, -1).transpose(0, 1)  # (B, D) -> (heads, B, d)
+        folded = one @ weight.reshape(heads, -1, weight.shape[-1])  # (heads, B, width): no copy of W for each image
+        scores = folded.transpose(0, 1) @ hidden.mT * scale  # (B, heads, N)
         return torch.softmax(scores if bias is None else scores + bias, dim=-1)
 
 

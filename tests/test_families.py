@@ -245,10 +245,13 @@ def test_several_towers_are_named() -> None:
 
 @torch.no_grad()
 def test_video_frames_are_recorded_and_features_refused(tokenizer: Any) -> None:
-    model = families.tiny("xclip")
+    model, frames = families.tiny("xclip", "eager"), torch.randn(8, 3, 32, 32)
     with record_attention(model, "all") as record:
-        model.vision_model(pixel_values=torch.randn(8, 3, 32, 32))
+        output = model.vision_model(pixel_values=frames, output_attentions=True)
     assert record.attention().shape == (8, 3, 4, 4, 4)
+    weights = [a for a in output.attentions if a.shape[-1] >= 17]  # beside patches and class token a message token
+    expected = torch.stack([a[:, :, 0, 1:17].unflatten(-1, (4, 4)) for a in weights], 1)
+    torch.testing.assert_close(record.attention(), expected, atol=1e-5, rtol=0)
     with pytest.raises(FVGError, match="encodes videos"):
         ZeroShot(model, tokenizer, NAMES)
 

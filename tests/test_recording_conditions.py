@@ -18,6 +18,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -185,6 +186,35 @@ def test_kernels_that_give_no_weights(family: str) -> None:
     DualEncoder(model).vision.config._attn_implementation = "flash_like"
     for a, b in zip(looks(model, images()), expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_relevance_with_lora(when: str) -> None:
+    """Adapters on every projection, there before the hooks or injected behind them, against autograd."""
+    model = families.tiny("clip", "eager").requires_grad_(False)
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    torch.manual_seed(0)
+    if when == "before":
+        inject_adapter_in_model(config, model.vision_model)
+    kept: list[Any] = []
+    with record_attention(model, "all", rollout=True, relevance=True) as record:
+        if when == "inside":
+            inject_adapter_in_model(config, model.vision_model)
+        model.eval()
+        with families.giving_weights(DualEncoder(model).vision, kept):
+            found = features(model, images().requires_grad_())
+        weights = kept[0]
+        gradients = torch.autograd.grad(found[:, 0].sum(), weights, retain_graph=True)
+        relevance = record.relevance(found[:, 0])
+    total = rolled = torch.eye(17)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        total = total + (weight * gradient).relu().mean(1) @ total
+        rolled = (0.5 * weight.mean(1) + 0.5 * torch.eye(17)) @ rolled
+    expected, flow = (x[:, 0, 1:].reshape(2, 4, 4).detach() for x in (total, rolled))
+    torch.testing.assert_close(relevance, expected, atol=1e-4 * float(expected.max()), rtol=1e-3)
+    torch.testing.assert_close(record.rollout(), flow, atol=1e-6, rtol=1e-4)
+    assert torch.equal(looks(model, images())[1], record.rollout())
 
 
 # -- FVG models --------------------------------------------------------------------------------------------------------

@@ -182,7 +182,14 @@ def looking(output: Path) -> list[str]:
         parts += [f"## Where models look ({', '.join(record)})", "", MAPS, ""]
         for figure in ("IoU", "pointing", "share"):
             parts += [*tables.maps_table(record, figure), ""]
+        some = tables.measured_on_some(record)
+        if some:
+            parts += [f"Measured on {', '.join(some)} alone:", ""]
+            for figure in ("IoU", "pointing", "share"):
+                parts += [*tables.maps_table(some, figure), ""]
         parts += ["## D_fg, and at matched entropy", "", SHIFT, "", *tables.shift_table(record), ""]
+        if some:
+            parts += [f"Measured on {', '.join(some)} alone:", "", *tables.shift_table(some), ""]
     if (output / "planted.json").exists():
         record = tables.read(output / "planted.json")
         parts += [f"## A planted shortcut and the audit ({', '.join(record)})", "", PLANTED, ""]

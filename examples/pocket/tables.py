@@ -112,22 +112,41 @@ def trust_table(record: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]
     return lines
 
 
+def _everywhere(record: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The models of a part that were measured on every task, so that all means are over the same tasks."""
+    tasks = [task[part] for task in record.values()]
+    return {name: found for name, found in tasks[0].items() if all(name in task for task in tasks)}
+
+
+def measured_on_some(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a record of maps the tasks and models that were not measured on every task, with CLIP beside them."""
+    everywhere = _everywhere(record, "maps")
+    found = {}
+    for task, parts in record.items():
+        names = [name for name in parts["maps"] if name == "CLIP" or name not in everywhere]
+        if len(names) > 1:
+            found[task] = {part: {name: rows[name] for name in names} for part, rows in parts.items()}
+    return found
+
+
 def maps_table(record: Mapping[str, Any], figure: str) -> list[str]:
     """{task: {"maps": {model: {map: {figure: [a value a seed]}}}}}: one figure, a row a map and a column a model.
 
     FVG-PT stands behind a frozen tuner, whose attention is its own: only relevance tells them apart.
     """
-    first = next(iter(record.values()))["maps"]
+    first = _everywhere(record, "maps")
     lines = header(figure, list(first))
     for kind in next(iter(first.values())):
-        values = [[v for task in record.values() for v in task["maps"][model][kind][figure]] for model in first]
+        # an even map has no largest value; a point anywhere lies on the object as often as the mask covers the picture
+        what = "share" if kind == "an even map" and figure == "pointing" else figure
+        values = [[v for task in record.values() for v in task["maps"][model][kind][what]] for model in first]
         lines.append(line(kind, [f"{statistics.fmean(v):.2f}" for v in values]))
     return lines
 
 
 def shift_table(record: Mapping[str, Any]) -> list[str]:
     """{task: {"shift": {model: {figure: [a value a seed]}}}}: D_fg, the entropy, and D_fg at plain CLIP's entropy."""
-    first = next(iter(record.values()))["shift"]
+    first = _everywhere(record, "shift")
     columns = ["D_fg", "entropy", "D_fg at CLIP's entropy"]
     lines = header("nats", columns)
     for model in first:
