@@ -56,12 +56,11 @@ def _split_file(folder: Path, suffix: str, rows: Rows) -> None:
 
 
 def _rows(classes: Sequence[str], file: Callable[[str, str, int, int], str]) -> Rows:
-    """Lists in an order that is not alphabetical, as CoOp's are shuffled."""
+    """Lists in an order that is neither alphabetical nor class by class, as CoOp's are: the last class comes first."""
     numbers = {"train": (3, 1, 2), "val": (5, 4), "test": (9, 7)}
+    order = [len(classes) - 1, *range(len(classes) - 1)]
     return {
-        split: [
-            [file(split, name, label, n), label, name] for label, name in enumerate(classes) for n in numbers[split]
-        ]
+        split: [[file(split, classes[y], y, n), y, classes[y]] for n in numbers[split] for y in order]
         for split in SPLITS
     }
 

@@ -207,7 +207,8 @@ def test_a_second_run_starts_from_the_bank(base: Path, data: Path, tmp_path: Pat
     first = run("train", data, "--model", base, *options)
     assert first.exit_code == 0, first.stderr
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "bank").rglob("*.safetensors")}
-    assert {file.parent.name for file in written} == {"tune-seed1", "shuffled-seed1", "test-base", "test-new"}
+    names = {"tune-2shots-seed1", "shuffled-2shots-seed1", "test-base", "test-new"}
+    assert {file.parent.name for file in written} == names
     again = run("train", data, "--model", base, *options, "--lambda-distill", "1")
     assert again.exit_code == 0, again.stderr
     assert written == {file: file.stat().st_mtime_ns for file in (tmp_path / "bank").rglob("*.safetensors")}

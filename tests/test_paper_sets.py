@@ -28,6 +28,7 @@ from fvg_adapter.data import (
     open_paper_set,
     paper_set,
 )
+from fvg_adapter.protocols import base_to_new_split
 from fvg_adapter.tuners.templates import CLIP_TEMPLATES
 
 PLAIN = PairedTransform(32, train=False)
@@ -91,10 +92,15 @@ def test_the_draw_is_coops_in_the_order_of_its_list(tmp_path: Path) -> None:
     import random
 
     stream, expected = random.Random(1), []  # Dassl's generate_fewshot_dataset, written out
-    for label in range(4):
+    for label in (3, 0, 1, 2):  # in the order in which they first appear
         rows = [row[0] for row in listed if row[1] == label]
         expected += stream.sample(rows, 2)
     assert [train.entries[i][0].rpartition("/")[2] for i in shown] == expected
+    normal = {"size": (32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    split = base_to_new_split(root, shots=2, seed=1, **normal)  # first the draw, then the cut
+    drawn = [file.rpartition("/")[2] for file, _ in split.train.entries]
+    assert drawn == [file for file in expected if file.lower().startswith(("aby", "american"))]
+    assert [part.classes for part in split.tests["test"]] == [kept.classes, ["bengal", "pug"]]
 
 
 def test_names_are_coops(tmp_path: Path) -> None:
@@ -301,6 +307,6 @@ def test_the_release_on_the_hub_is_fetched_picture_by_picture(tmp_path: Path) ->
     report = json.loads(done.stdout)
     local = open_paper_set(data, "OxfordPets", "test")
     assert report["listed"] == [local.digest, 8, []]  # nothing but the list has come
-    assert 0.1 < report["item"][0] < 0.5 and report["item"][1] == ["Abyssinian_9.jpg"] * 2  # a picture and its mask
+    assert 0.1 < report["item"][0] < 0.5 and report["item"][1] == ["pug_9.jpg"] * 2  # a picture and its mask
     assert report["dtd"] == ["banded", "polka-dotted", "zigzagged"]
     assert "me/none" in report["me/none"] and "UCF-101-midframes" in report["here"]

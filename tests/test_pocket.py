@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -141,3 +143,66 @@ def test_overlap_of_masks_by_hand() -> None:
     other = truth.clone()
     other[1, :, 1] = 1  # everything: half of it is right
     assert trust.overlap(data(other), data(truth)).tolist() == [1.0, 0.5]
+
+
+def test_one_command_makes_the_page_again_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tuners' tables of the page from nothing: one task of four classes, one epoch, one seed, two tuners."""
+    names = ["banana", "purple turnip", "pear", "lemon"]
+    small = tmp_path / "pictures"
+    for split in ("train", *suite.SPLITS):
+        for name in names:
+            for part in ("", "mask/"):
+                target = small / part / split / name.replace(" ", "_")
+                target.mkdir(parents=True)
+                for file in sorted((POCKET / "data" / part / split / target.name).glob("*.webp"))[:3]:
+                    shutil.copy(file, target / file.name)
+    (small / "classes.txt").write_text("\n".join(names) + "\n")
+    asked: list[str] = []
+
+    def pictures(task: str) -> Path:
+        asked.append(task)
+        return small
+
+    monkeypatch.setattr(suite, "data_of", pictures)
+    one = {"tune": {"epochs": 1}, "heads": {"epochs": 1}, "tasks": ("fruit_vegetables",)}
+    settings = {kind: replace(suite.SETTINGS[kind], **one) for kind in ("coop", "kgcoop")}
+    for module in (suite, results):
+        monkeypatch.setattr(module, "SETTINGS", settings)
+        monkeypatch.setattr(module, "THREE", ("fruit_vegetables",))
+    monkeypatch.setattr(suite, "SUITE", replace(suite.SUITE, settings=settings))
+    monkeypatch.setattr(suite, "UNITS", tmp_path / "units")
+    monkeypatch.setattr(results, "FURTHER", {})
+    arguments = ["results", "--tuners", "coop", "kgcoop", "--seeds", "1", "--processes", "1"]
+    out, page = tmp_path / "measured", tmp_path / "results.md"
+    monkeypatch.setattr(sys, "argv", [*arguments, "--output", str(out), "--page", str(page)])
+    results.main()
+    record = json.loads((out / "coop" / "fruit_vegetables.json").read_text())
+    assert set(record["also"]) == {"test_swapped", "test_home"} and record["settings"]["data"] == "fruit_vegetables"
+    line = next(row for row in page.read_text("utf-8").splitlines() if row.startswith("| **CoOp + FVG-PT** |"))
+    assert line.startswith(f"| **CoOp + FVG-PT** | {record['coop+fvg']['base'][0]:.1f} ± 0.0 |")
+    assert asked and (tmp_path / "units/kgcoop/results.csv").exists()
+    asked.clear()
+    results.main()  # what is there is not run again
+    assert not asked
+
+
+def test_sections_that_are_missing_are_measured_by_their_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def noted(command: list[str], **options: object) -> None:
+        commands.append(command)
+        if "planted" not in command[2]:
+            (tmp_path / missing[len(commands) - 1]).write_text("{}")
+
+    monkeypatch.setattr(results.subprocess, "run", noted)
+    (tmp_path / "trust.json").write_text("{}")
+    missing = [name for name in results.FURTHER if name != "trust.json"]
+    assert {f.name for f in results.MEASURED.glob("*.json")} == set(results.FURTHER)  # every section of the page
+    with pytest.raises(SystemExit, match=r"examples\.pocket\.planted .*has not written planted\.json"):
+        results.run_further(tmp_path)
+    assert commands[0][1:] == ["-m", "examples.pocket.causes", "--output", str(tmp_path), "--tuners", "coop"]
+    assert not any("trust" in command[2] for command in commands)
+    modules = {f"{arguments[0]}.py" for arguments in results.FURTHER.values()}
+    assert modules <= {path.name for path in POCKET.glob("*.py")}

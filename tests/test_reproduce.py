@@ -37,6 +37,7 @@ from fvg_adapter.reproduce import (
 )
 from fvg_adapter.reproduce.suites import chosen
 from fvg_adapter.reproduce.tables import SHOWN, tables_of
+from fvg_adapter.results import write_json
 
 QUICK = {"epochs": 2}
 SETS = ("OxfordPets", "EuroSAT")
@@ -287,6 +288,19 @@ def test_results_of_another_version_and_of_another_run_are_refused(
     with pytest.raises(FVGError, match=r"was run with model 'tiny', but 'another' is wanted \(config differ too\)"):
         run(other, load)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["units"]  # nothing was run or written
+
+
+def test_a_unit_is_replaced_whole_or_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(tmp_path / "unit.json", {"format": 1})
+
+    def fails(path: Path, target: Path) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Path, "replace", fails)
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="disk is full"):
+        write_json(tmp_path / "unit.json", {"format": 2})
+    assert json.loads((tmp_path / "unit.json").read_text()) == {"format": 1}
 
 
 def test_plans_and_suites_that_make_no_sense(data: Path, tmp_path: Path) -> None:

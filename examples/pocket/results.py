@@ -15,7 +15,7 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from examples.pocket import tables
@@ -197,11 +197,11 @@ def looking(output: Path) -> list[str]:
     return parts
 
 
-def run_further(output: Path, further: Mapping[str, Sequence[str]] = FURTHER) -> list[str]:
+def run_further(output: Path) -> list[str]:
     """Measures the sections whose record is not there yet, each by its own module; returns which."""
-    missing = [name for name in further if not (output / name).exists()]
+    missing = [name for name in FURTHER if not (output / name).exists()]
     for name in missing:
-        module, *options = further[name]
+        module, *options = FURTHER[name]
         command = [sys.executable, "-m", f"examples.pocket.{module}", "--output", str(output), *options]
         subprocess.run(command, check=True, cwd=HERE.parent.parent)
         if not (output / name).exists():

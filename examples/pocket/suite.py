@@ -70,9 +70,9 @@ def pocket_clip() -> tuple[Any, Any]:
     return CLIPModel.from_pretrained(HERE / "model"), CLIPTokenizer.from_pretrained(HERE / "model")
 
 
-def plan(kind: str, tasks: Sequence[str], seeds: Sequence[int], units: Path = UNITS) -> Plan:
+def plan(kind: str, tasks: Sequence[str], seeds: Sequence[int]) -> Plan:
     """One tuner on some tasks: all rows, seeds and test sets."""
-    return Plan("base-to-new", SUITE, tasks, [kind], model=SUITE.name, output=units / kind, seeds=seeds)
+    return Plan("base-to-new", SUITE, tasks, [kind], model=SUITE.name, output=UNITS / kind, seeds=seeds)
 
 
 def put_together(done: Plan) -> dict[str, dict[str, Any]]:
@@ -104,7 +104,6 @@ def run(
     seeds: Sequence[int],
     output: Path,
     processes: int,
-    units: Path = UNITS,
 ) -> None:
     """Runs what is not there yet, a process a task, into OUTPUT/<tuner>/<task>.json; `tasks` narrows the lists."""
     for kind in tuners:
@@ -112,7 +111,7 @@ def run(
         missing = [task for task in wanted if not (output / kind / f"{task}.json").exists()]
         if not missing:
             continue
-        asked = plan(kind, missing, seeds, units)
+        asked = plan(kind, missing, seeds)
         outcome = run_plan(asked, pocket_clip, processes=processes, progress=lambda line: print(line, file=sys.stderr))
         if outcome.failed:
             raise SystemExit(f"{len(outcome.failed)} units failed: {outcome.failed}")

@@ -62,7 +62,7 @@ class LocalFiles(Files):
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root: Path = Path(root)
-        self.name = str(self.root)
+        self.name: str = str(self.root)
         self._content: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
 
     def content(self, folder: str) -> tuple[frozenset[str], frozenset[str]]:
@@ -98,8 +98,8 @@ class HubFiles(Files):
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-        self.name = f"the data set repository {repo!r}"
-        self.repo = repo
+        self.name: str = f"the data set repository {repo!r}"
+        self.repo: str = repo
         try:
             self.revision: str | None = HfApi().dataset_info(repo, revision=revision).sha
             found = HfApi().list_repo_files(repo, repo_type="dataset", revision=self.revision)

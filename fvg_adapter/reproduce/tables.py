@@ -69,7 +69,7 @@ class Gathered:
     """
 
     def __init__(self, figures: Iterable[Figure], seeds: Sequence[int], split: str = "test") -> None:
-        self.seeds = tuple(seeds)
+        self.seeds: tuple[int, ...] = tuple(seeds)
         self._values: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
         for figure in figures:
             if figure.split == split:
