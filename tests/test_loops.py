@@ -321,6 +321,31 @@ def test_trainer_goes_on_where_it_was_and_keeps_the_best(report: Report) -> None
     assert found["best"] == 0.0
 
 
+def test_the_trainer_keeps_what_the_forward_names(small_clip: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """With remove_unused_columns as it is by default: masks reach the model, other columns do not."""
+    import torch
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    from fvg_adapter import wrap
+
+    columns = {
+        "pixel_values": torch.randn(2, 3, 32, 32).tolist(),
+        "labels": [0, 1],
+        "foreground_mask": torch.ones(2, 32, 32).tolist(),
+        "name": ["a.jpg", "b.jpg"],
+    }
+    model = wrap(small_clip, tokenizer, ["cat", "dog"])
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = Trainer(model, arguments, train_dataset=Dataset.from_dict(columns).with_format("torch"))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert {name: tuple(value.shape) for name, value in batch.items()} == {
+        "pixel_values": (2, 3, 32, 32),
+        "labels": (2,),
+        "foreground_mask": (2, 32, 32),
+    }
+
+
 def test_lightning_goes_on_and_loads_strictly(report: Report) -> None:
     found = report["lightning"]
     assert found["strict"] == 0.0
