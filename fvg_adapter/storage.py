@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fvg_adapter.base_models import check_base_model, hub_errors, load_base_model, load_tokenizer
 from fvg_adapter.errors import FVGError, closest, nearest
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 FORMAT = "fvg_adapter"
 FORMAT_VERSION = 1
@@ -100,7 +100,7 @@ class Pretrained:
                 self.save_beside(folder)
         except (OSError, SafetensorError) as error:
             raise FVGError(f"could not save to {target}: {error}. What was there before is unchanged.") from error
-        logger.info("saved %s to %s", type(self).__name__, target)
+        _log.info("saved %s to %s", type(self).__name__, target)
         return target
 
     def save_beside(self, folder: Path) -> None:
@@ -173,7 +173,7 @@ class Pretrained:
                     f"{repo_id!r} could not be pushed to the Hub: {str(error).rstrip('. ')}. Give an id "
                     "like 'me/pets-fvg', and a token that may write there: token=…, or `hf auth login` once."
                 ) from error
-        logger.info("pushed %s to %s", type(self).__name__, info.commit_url)
+        _log.info("pushed %s to %s", type(self).__name__, info.commit_url)
         return str(info.commit_url)
 
 
@@ -214,7 +214,7 @@ def load_any(
     needs_tokenizer = "class_features" not in tensors.get(TUNER_FILE, {})
     if tokenizer is None and needs_tokenizer:
         tokenizer = load_tokenizer(clip, config["base_model"], **hub)
-    logger.info("loading a %s from %s", cls.__name__, folder)
+    _log.info("loading a %s from %s", cls.__name__, folder)
     return cls.rebuild(config, tensors, clip, tokenizer, classes, folder)
 
 
