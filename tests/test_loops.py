@@ -202,9 +202,7 @@ def further_trainer(names: dict[str, Any], folder: Path, final: Any) -> Report:
         "left": left,
         "resumed": distance(state(resumed["model"]), final),
         "losses": [row["eval_loss"] for row in history if "eval_loss" in row],
-        "unbroken": [
-            [r.get("loss"), r.get("eval_loss")] for r in names["trainer"].state.log_history if "eval_loss" in r
-        ],
+        "unbroken": [row["eval_loss"] for row in names["trainer"].state.log_history if "eval_loss" in row],
     }
 
 
