@@ -272,7 +272,7 @@ MODEL, DATA = ROOT / "examples" / "pocket" / "model", ROOT / "examples" / "pocke
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """What the process found."""
-    return in_a_process(tmp_path_factory.mktemp("loops"), "aot_eager")
+    return in_a_process(tmp_path_factory.mktemp("loops"), "eager")
 
 
 def in_a_process(folder: Path, backend: str) -> Report:
