@@ -41,7 +41,7 @@ from fvg_adapter.replacing import read_whole
 from fvg_adapter.tuners.base import Tuner
 from fvg_adapter.untrusted import refuse_not_finite
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class FeatureBank(Dataset[dict[str, Any]]):
@@ -176,7 +176,7 @@ class FeatureBank(Dataset[dict[str, Any]]):
                 f"dtype must be float32 or float16 and rows_per_shard at least 1, but are {dtype} and {rows_per_shard}."
             )
         wrapped = model if isinstance(model, FVGModel) else FVGModel(model, foreground="given")
-        logger.info("encoding %d views of %d items", views, len(dataset))
+        _log.info("encoding %d views of %d items", views, len(dataset))
         work = _Work(wrapped, dataset, views, batch_size, seed, workers, measure)
         try:
             with counting(progress, "encoding", views * len(dataset)) as work.tell:

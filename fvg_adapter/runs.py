@@ -38,7 +38,7 @@ from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE
 from fvg_adapter.tuners.recipes import Stage, recipe_for
 from fvg_adapter.wrapping import wrap
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 Done = Callable[[int, Results], None]
@@ -394,7 +394,7 @@ def _logged(progress: Say | None) -> Say:
     """A line of progress goes to the log, and to who asked for it."""
 
     def say(line: str) -> None:
-        logger.info(line)
+        _log.info(line)
         if progress is not None:
             progress(line)
 

@@ -26,7 +26,7 @@ from fvg_adapter.files import CONFIG_FILE, HEADS_FILE, TUNER_FILE
 from fvg_adapter.replacing import read_whole, replacing
 from fvg_adapter.untrusted import OTHER_FILE, TensorFile, read_json, sha256_of, shapes_of
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 FORMAT = "fvg_adapter"
 FORMAT_VERSION = 1
@@ -135,7 +135,7 @@ class Pretrained:
                 add_card(folder, config, target, before=self.about, kept=self.saved_in, **given)
         except (OSError, SafetensorError) as error:
             raise FVGError(f"could not save to {target}: {error}. What was there before is unchanged.") from error
-        logger.info("saved %s to %s", type(self).__name__, target)
+        _log.info("saved %s to %s", type(self).__name__, target)
         return target
 
     def save_beside(self, folder: Path) -> None:
@@ -223,7 +223,7 @@ class Pretrained:
                 parent_commit=parent_commit,
                 card=card,
             )
-        logger.info("pushed %s to %s", type(self).__name__, url)
+        _log.info("pushed %s to %s", type(self).__name__, url)
         return url
 
 
@@ -265,7 +265,7 @@ def load_any(
     needs_tokenizer = "class_features" not in tensors.get(TUNER_FILE, {})
     if tokenizer is None and needs_tokenizer:
         tokenizer = load_tokenizer(clip, config["base_model"], **hub)
-    logger.info("loading a %s from %s", cls.__name__, folder)
+    _log.info("loading a %s from %s", cls.__name__, folder)
     loaded = cls.rebuild(config, tensors, clip, tokenizer, classes, folder)
     loaded.about, loaded.saved_in = config.get("about"), folder
     return loaded

@@ -19,7 +19,7 @@ from fvg_adapter.features import FeatureBank
 from fvg_adapter.train.batches import Batches, drawn_view
 from fvg_adapter.tuners.recipes import Stage
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 Rows = list[dict[str, float]]
 
@@ -70,7 +70,7 @@ def train_from_bank(
                 each_step(step)
         means = {name: float(total / len(batches)) for name, total in sums.items()}
         rows.append({**means, "loss": means[""], "learning_rate": optimizer.param_groups[0]["lr"]})
-        logger.info("epoch %d of %d: loss %.4f", epoch + 1, recipe.epochs, means[""])
+        _log.info("epoch %d of %d: loss %.4f", epoch + 1, recipe.epochs, means[""])
         each_epoch(epoch + 1)
     return rows
 

@@ -34,7 +34,7 @@ from fvg_adapter.tuners.base import Tuner
 from fvg_adapter.tuners.recipes import Stage, recipe_for
 
 Model = FVGModel | Tuner
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -121,9 +121,9 @@ def fit(
             _check_output(Path(output_dir))
         learning = sum(p.numel() for p in model.trainable_parameters())
         what = type(model).__name__ if isinstance(model, Tuner) else f"the heads behind {type(model.tuner).__name__}"
-        logger.info("training %s: %d parameters, %d items, %s", what, learning, len(dataset), recipe)
+        _log.info("training %s: %d parameters, %d items, %s", what, learning, len(dataset), recipe)
         if found is not None:
-            logger.info("going on from %s", found)
+            _log.info("going on from %s", found)
         simple = isinstance(dataset, FeatureBank) and output_dir is None and not report_to
         if simple and precision == "no" and accumulate == 1 and "LOCAL_RANK" not in os.environ:
             bank: FeatureBank = dataset

@@ -25,7 +25,7 @@ from fvg_adapter.train.checkpoints import Staging, checkpoint_folder, save_avera
 from fvg_adapter.tuners.averaging import GaussianAverage
 from fvg_adapter.tuners.recipes import Stage
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 TERM = "loss_"
 """Before the name of a loss term in the logs."""
@@ -157,7 +157,7 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
             logs.update(zip(names, means.tolist(), strict=True))
             self._sums, self._batches = {}, 0
             if self.is_world_process_zero():
-                logger.info("epoch %d of %d: loss %.4f", round(self.state.epoch or 0), self.recipe.epochs, logs["loss"])
+                _log.info("epoch %d of %d: loss %.4f", round(self.state.epoch or 0), self.recipe.epochs, logs["loss"])
         super().log(logs, *args, **kwargs)
 
     def _get_grad_norm(self, *unused: Any, **also_unused: Any) -> None:
