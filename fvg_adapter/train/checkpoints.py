@@ -36,7 +36,9 @@ class Staging:
     """
 
     def __init__(self, output: Path, *, mine: bool) -> None:
-        self.output, self.folder, self.mine = output, output / _STAGING, mine
+        self.output: Path = output
+        self.folder: Path = output / _STAGING
+        self.mine: bool = mine
         self.clear()
 
     def put_in_place(self, step: int) -> None:
