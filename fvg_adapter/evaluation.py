@@ -21,6 +21,7 @@ from fvg_adapter.tuners.prompts import plain
 
 ECE_BINS = 15
 _BRANCHES = ("base", "new", "tuner")
+_ATTENDED = {"image": "attended", "image_new": "attended_new", "prior": "attended_prior"}
 
 
 def harmonic_mean(base: float, new: float) -> float:
@@ -123,6 +124,7 @@ def _scored(model: FVGModel | Tuner, bank: FeatureBank, classes: Sequence[str], 
 def _foreground_view(bank: FeatureBank) -> dict[str, Tensor]:
     """The foreground view's features in the places of the whole image's."""
     names = {"image": "foreground", "image_new": "foreground_new", "prior": "foreground_prior"}
+    names |= {_ATTENDED[to]: source for to, source in names.items() if _ATTENDED[to] in bank.features}
     return {to: bank.features[source] for to, source in names.items() if source in bank.features}
 
 
@@ -132,7 +134,7 @@ def _logits(model: FVGModel | Tuner, bank: FeatureBank, classes: Sequence[str], 
     rows = []
     with model.use_classes(classes):
         for features, _ in bank.batches():
-            moved = {k: v.to(device) for k, v in features.items() if k in ("image", "image_new", "prior")}
+            moved = {k: v.to(device) for k, v in features.items() if k in (*_ATTENDED, *_ATTENDED.values())}
             rows.append(_batch_logits(model, moved, branch).float().cpu())
     return torch.cat(rows)
 
@@ -143,21 +145,23 @@ def _joint_logits(
     """(N, C) scores over base and new classes: a tuner's own logits, an FVGModel's rule of METHOD section 11."""
     if not isinstance(model, FVGModel):
         return _logits(model, bank, classes, "tuner")
-    known = {plain(name) for name in model.base_classes}
-    is_base = torch.tensor([plain(name) in known for name in classes])
     prior, base, new = (_logits(model, bank, classes, branch) for branch in ("prior", *branches))
-    return L.joint_log_probs(prior, base, new, is_base)
+    with model.use_classes(classes):
+        return model.joint_log_probs(prior, base, new)
 
 
 def _batch_logits(model: FVGModel | Tuner, features: dict[str, Tensor], branch: str) -> Tensor:
-    tuner = _tuner_of(model)
+    if not isinstance(model, FVGModel):
+        return model.scores(_tuner_features(model, features), model.text_features())
+    if branch in ("base", "new"):
+        logits: Tensor = model(features=features, branch=branch).logits
+        return logits
+    tuner, views = model.tuner, model.inference_views(features)
     if branch == "prior":
-        prior = features.get("prior", features.get("image_new", features["image"]))
-        return tuner.scores(prior, tuner.prior_text_features())
-    if branch == "tuner" or not isinstance(model, FVGModel):
-        return tuner.scores(_tuner_features(tuner, features), tuner.text_features())
-    logits: Tensor = model(features=features, branch=branch).logits
-    return logits
+        assert views.prior is not None
+        return tuner.scores(views.prior, tuner.prior_text_features())
+    seen = set(tuner.classes) <= set(tuner.base_classes)  # MMRL scores other classes with its "new" features
+    return tuner.scores(views.base if seen else views.new, tuner.text_features())
 
 
 def _tuner_of(model: FVGModel | Tuner) -> Tuner:

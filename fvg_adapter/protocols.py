@@ -309,12 +309,16 @@ class _Run:
 
     def _measured(self, model: Tuner, split: Split, prefix: str) -> Tests:
         def encoded(pictures: Any, name: str) -> FeatureBank:
-            return FeatureBank.encode(model, pictures, measure=True, output=self.folder(f"{prefix}{name}"))
+            return FeatureBank.encode(wrapped, pictures, measure=True, output=self.folder(f"{prefix}{name}"))
 
-        return {
-            name: (encoded(base, f"{name}-base"), encoded(new, f"{name}-new"))
-            for name, (base, new) in split.tests.items()
-        }
+        wrapped = FVGModel(model, dataclasses.replace(self.config), foreground="given")
+        try:
+            return {
+                name: (encoded(base, f"{name}-base"), encoded(new, f"{name}-new"))
+                for name, (base, new) in split.tests.items()
+            }
+        finally:
+            wrapped.release()
 
     def folder(self, name: str) -> Path | None:
         """Where a bank is kept, if it is."""
