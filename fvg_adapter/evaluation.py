@@ -20,7 +20,7 @@ from fvg_adapter.tuners.base import Tuner, check_labels
 from fvg_adapter.tuners.prompts import plain
 
 ECE_BINS = 15
-_BRANCHES = ("base", "new", "tuner")
+_BRANCHES = ("base", "new", "tuner", "prior")
 _ATTENDED = {"image": "attended", "image_new": "attended_new", "prior": "attended_prior"}
 
 
@@ -49,7 +49,8 @@ def evaluate(
         base_set, new_set: data sets with `classes`, whose labels index their own classes; or FeatureBanks of them.
             Items may carry "foreground_mask"; the foreground figures are over images with a usable one.
         batch_size: images encoded at once.
-        branches: what scores base and new classes of an FVGModel: "base" (z_FDC), "new" (z_PC) or "tuner" (z_full). The
+        branches: what scores base and new classes of an FVGModel: "base" (z_FDC), "new" (z_PC), "tuner" (z_full) or
+            "prior" (z_CLIP). The
             paper's ablation uses others than the default.
 
     Returns:
