@@ -16,15 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from examples.pocket.suite import CROP, SETTINGS, SPLITS, THREE, data_of, pocket_clip, stages, write_json
 from fvg_adapter import FeatureBank, FVGConfig, FVGModel, evaluate, wrap
-from fvg_adapter.attended import zoom_on_mask
-from fvg_adapter.attention import record_attention
-from fvg_adapter.data import OtherMasks
-from fvg_adapter.foreground import attention_mask_from_map, foreground_view
-from fvg_adapter.protocols import Split, base_to_new_split
+from fvg_adapter.data.controls import OtherMasks
+from fvg_adapter.protocols import base_to_new_split
 from fvg_adapter.train import fit
 from fvg_adapter.tuners import TUNERS, Tuner
 
@@ -45,7 +41,16 @@ TASKS = {
 """Where each tuner runs. Tuners that change the image tower have figures in results.md on the validation tasks alone."""
 METRICS = ("base", "new", "hm", "joint_base", "joint_new", "joint_hm", "ece")
 PLUS = FVGConfig(preset="plus")
-CLIP, PAPER, PLUS_ROW = "CLIP", "FVG-PT", "plus"
+CLIP, TUNER, PAPER, PLUS_ROW = "CLIP", "the tuner alone", "FVG-PT", "plus"
+NO_HEADS = {
+    "CLIP, plus's view and joint rule": ("prior", "prior"),
+    "tuner (base) and CLIP (new), plus's view and joint rule": ("tuner", "prior"),
+}
+"""Rows without trained heads: what scores base and new classes."""
+READINGS: dict[str, dict[str, float]] = {
+    "plus, no attended view": {"attended_view": 0.0},
+}
+"""One training of plus read with one part of it taken away."""
 Found = dict[str, dict[str, dict[str, list[float]]]]
 """{test split: {row: {metric: [a value a seed]}}}"""
 Tests = dict[str, tuple[FeatureBank, FeatureBank]]
@@ -65,41 +70,12 @@ def folder_of(task: str) -> Path:
     return target
 
 
-@torch.no_grad()
-def other_view(tuner: Tuner, pictures: Any, kind: str) -> Tensor:
-    """(N, 1, D) features of the attended view with a mask that the attention did not make of this picture.
-
-    Args:
-        kind: "others" = of another picture's attention, "true" = the data set's masks.
-    """
-    items = [pictures[i] for i in range(len(pictures))]
-    pixels = torch.stack([item["pixel_values"] for item in items])
-    if kind == "true":
-        masks = torch.stack([item["foreground_mask"] for item in items]).float()
-    else:
-        maps = []
-        for part in pixels.split(128):
-            with record_attention(tuner, layers=list(PLUS.attention_layers)) as recorded:
-                tuner.image_features(part)
-            maps.append(recorded.attention().mean((1, 2)))
-        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(1))
-        size = (pixels.shape[-2], pixels.shape[-1])
-        masks = attention_mask_from_map(torch.cat(maps)[order], size, threshold=PLUS.attention_threshold)
-    view = zoom_on_mask(foreground_view(pixels, masks), masks, PLUS.attended_margin)
-    return torch.cat([tuner.image_features(part) for part in view.split(128)]).unsqueeze(1)
-
-
-def with_views(bank: FeatureBank, features: Tensor) -> FeatureBank:
-    """A bank whose attended view is another one."""
-    return FeatureBank({**bank.features, "attended": features}, bank.labels, bank.classes, bank.fingerprint)
-
-
-def encoded(tuner: Tuner, pictures: Any, folder: Path | None, *, plus: bool, seed: int = 0) -> FeatureBank:
-    """Four training views, or the test pictures with their attended view (`plus`)."""
+def encoded(tuner: Tuner, pictures: Any, folder: Path | None, *, test: bool, seed: int = 0) -> FeatureBank:
+    """Test pictures with their attended view, or four views of training pictures."""
     model = FVGModel(tuner, FVGConfig(preset="plus"), foreground="given")
     try:
         return FeatureBank.encode(
-            model, pictures, views=1 if plus else 4, measure=plus, seed=seed, output=folder, batch_size=128
+            model, pictures, views=1 if test else 4, measure=test, seed=seed, output=folder, batch_size=128
         )
     finally:
         model.release()
@@ -114,11 +90,14 @@ def note(found: Found, row: str, model: Any, tests: Tests, branches: tuple[str, 
 
 
 def without_heads(found: Found, tuner: Tuner, tests: Tests) -> None:
-    """Plus's view and joint rule, without anything of FVG-PT that learns."""
+    """Plain CLIP, the tuner, and both with plus's view and joint rule: nothing of FVG-PT that learns."""
+    model = FVGModel(tuner, FVGConfig(), foreground="given")
+    note(found, CLIP, model, tests, ("prior", "prior"))
+    model.release()
+    note(found, TUNER, tuner, tests)
     model = FVGModel(tuner, FVGConfig(preset="plus"), foreground="given")
-    note(found, "CLIP, plus's view and joint rule", model, tests, ("prior", "prior"))
-    note(found, "tuner, plus's view and joint rule", model, tests, ("tuner", "tuner"))
-    note(found, "tuner for base, CLIP for new, plus's view and joint rule", model, tests, ("tuner", "prior"))
+    for row, branches in NO_HEADS.items():
+        note(found, row, model, tests, branches)
     model.release()
 
 
@@ -130,52 +109,99 @@ def heads(kind: str, tuner: Tuner, bank: FeatureBank, seed: int, config: FVGConf
     return model
 
 
-def one_seed(kind: str, task: str, seed: int, split: Split, clip: Any, tokenizer: Any, kept: Kept, found: Found) -> None:
-    """All rows of one seed."""
-    torch.manual_seed(seed)
-    tuner: Tuner = TUNERS[kind](clip, tokenizer, split.base_classes, **SETTINGS[kind].options)
-    changes = tuner.changes_images
-    bank = None if changes else encoded(tuner, split.train, kept.folder(task, f"train-{seed}"), plus=False, seed=seed)
-    fit(tuner, split.train if bank is None else bank, recipe=stages(kind)["tune"], seed=seed)
-    bank = bank or encoded(tuner, split.train, None, plus=False, seed=seed)
-    tests = kept.tests(tuner, task, split)
-    plain = TUNERS["zero_shot"](clip, tokenizer, split.base_classes) if not changes else None
-    if plain is not None:
-        note(found, CLIP, plain, tests)
-        plain.detach()
-    else:
-        note(found, CLIP, _Prior(tuner), tests, ("prior", "prior"))
-    note(found, "tuner", tuner, tests)
+def main_rows(kind: str, tuner: Tuner, bank: FeatureBank, seed: int, tests: Tests, found: Found, paper: bool) -> None:
+    """Without heads, the paper's settings, plus, and plus without one of its parts."""
     without_heads(found, tuner, tests)
-    model = heads(kind, tuner, bank, seed, FVGConfig(), "given")
-    note(found, PAPER, model, tests)
-    if not changes:
-        model.config.attended_view = PLUS.attended_view
-        note(found, "FVG-PT, plus's view", model, tests)
-    model.release()
+    if paper:  # where results.py has not measured it on the same prompts and pictures already
+        model = heads(kind, tuner, bank, seed, FVGConfig(), "given")
+        note(found, PAPER, model, tests)
+        model.release()
     model = heads(kind, tuner, bank, seed, PLUS, "given")
     note(found, PLUS_ROW, model, tests)
-    model.config.attended_view = 0.0
-    note(found, "plus, no attended view", model, tests)
-    model.config.attended_view, model.config.group_temperature = PLUS.attended_view, 1.0
-    note(found, "plus, group temperature 1", model, tests)
-    model.config.group_temperature = PLUS.group_temperature
-    if kind == "coop" and not task.endswith("_turned"):
-        first = {"test": tests["test"]}
-        for name in ("others", "true"):
-            label = {"others": "plus, view by another picture's attention", "true": "plus, view by the true mask"}[name]
-            views = [kept.view(tuner, task, split, half, name) for half in (0, 1)]
-            sets = tuple(with_views(b, v) for b, v in zip(first["test"], views, strict=True))
-            note(found, label, model, {"test": sets})  # type: ignore[dict-item]
+    for row, fields in READINGS.items():
+        for field, value in fields.items():
+            setattr(model.config, field, value)
+        note(found, row, model, tests)
+        model.config = replace(PLUS)
     model.release()
-    if kind == "coop" and not task.endswith("_turned"):
-        others = encoded(tuner, OtherMasks(split.train, seed), kept.folder(task, f"shuffled-{seed}"), plus=False, seed=seed)
-        for row, source, config, foreground in (
-            ("plus [x_fg = x]", bank, PLUS, "whole"),
-            ("plus [λ_d = 0]", bank, replace(PLUS, lambda_distill=0.0), "given"),
-            ("plus [shuffled masks]", others, PLUS, "given"),
-        ):
-            model = heads(kind, tuner, source, seed, config, foreground)
-            note(found, row, model, tests)
-            model.release()
-    tuner.detach()
+
+
+def control_rows(kind: str, tuner: Tuner, bank: FeatureBank, others: FeatureBank, seed: int, tests: Tests, found: Found) -> None:
+    """Plus without the foreground, without distillation, and with other pictures' masks."""
+    for row, source, config, foreground in (
+        ("plus, x_fg = x", bank, PLUS, "whole"),
+        ("plus, λ_d = 0", bank, replace(PLUS, lambda_distill=0.0), "given"),
+        ("plus, shuffled masks", others, PLUS, "given"),
+    ):
+        model = heads(kind, tuner, source, seed, config, foreground)
+        note(found, row, model, tests)
+        model.release()
+
+
+def run_task(kind: str, task: str, seeds: Sequence[int], tests: Sequence[str], controls: bool, banks: Path) -> Found:
+    """All rows of one tuner on one task; what is encoded or tuned is kept in `banks`."""
+    clip, tokenizer = pocket_clip()
+    config = FVGConfig()
+    normal = {"size": (64, 64), "mean": config.image_mean, "std": config.image_std, "crop_scale": CROP}
+    found: Found = {}
+    for seed in seeds:
+        split = base_to_new_split(folder_of(task), shots=16, seed=seed, test_splits=tuple(tests), **normal)
+        torch.manual_seed(seed)
+        tuner: Tuner = TUNERS[kind](clip, tokenizer, split.base_classes, **SETTINGS[kind].options)
+        state = banks / task / f"{kind}-{seed}.pt"
+        own = f"{kind}-{seed}-" if tuner.changes_images else ""
+        bank = None if tuner.changes_images else encoded(tuner, split.train, banks / task / f"train-{seed}", test=False, seed=seed)
+        if state.exists():
+            tuner.load_state_dict(torch.load(state, weights_only=True), strict=False)
+            tuner.eval()
+        else:
+            fit(tuner, split.train if bank is None else bank, recipe=stages(kind)["tune"], seed=seed)
+            state.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(tuner.state_dict(), state)
+        bank = bank or encoded(tuner, split.train, banks / task / f"{own}train", test=False, seed=seed)
+        sets: Tests = {
+            name: (
+                encoded(tuner, base, banks / task / f"{own}{name}-base", test=True),
+                encoded(tuner, new, banks / task / f"{own}{name}-new", test=True),
+            )
+            for name, (base, new) in split.tests.items()
+        }
+        if controls:
+            others = encoded(tuner, OtherMasks(split.train, seed), banks / task / f"{own}shuffled-{seed}", test=False, seed=seed)
+            control_rows(kind, tuner, bank, others, seed, sets, found)
+        else:
+            main_rows(kind, tuner, bank, seed, sets, found, paper=recorded(kind, task) is None)
+        tuner.detach()
+    return found
+
+
+def recorded(kind: str, task: str) -> Path | None:
+    """Where results.py keeps the paper's rows of a task, if it ran there: same seeds, same prompts, same pictures."""
+    file = HERE / "measured" / kind / f"{task}.json"
+    return file if file.exists() else None
+
+
+def run(
+    kinds: Sequence[str],
+    tasks: Sequence[str] | None,
+    seeds: Sequence[int],
+    test: str,
+    controls: bool,
+    output: Path,
+    banks: Path,
+) -> None:
+    """Runs what is not there yet, seed by seed, into OUTPUT/<tuner>/<task>.<test>.<seed>[.controls].json."""
+    torch.set_num_threads(1)
+    for seed in seeds:
+        for kind in kinds:
+            for task in TASKS[kind] if tasks is None else tasks:
+                target = output / kind / f"{task}.{test}.{seed}{'.controls' if controls else ''}.json"
+                if not target.exists():
+                    rows = run_task(kind, task, [seed], [test], controls, banks)[test]
+                    write_json(target, {row: {m: v[0] for m, v in figures.items()} for row, figures in rows.items()})
+                    print(target, flush=True)
+
+
+if __name__ == "__main__":
+    import sys
+    run([sys.argv[1]], sys.argv[3].split(","), [int(x) for x in sys.argv[4].split(",")], sys.argv[2], len(sys.argv) > 5, MEASURED, BANKS)
