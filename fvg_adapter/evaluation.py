@@ -49,9 +49,8 @@ def evaluate(
         base_set, new_set: data sets with `classes`, whose labels index their own classes; or FeatureBanks of them.
             Items may carry "foreground_mask"; the foreground figures are over images with a usable one.
         batch_size: images encoded at once.
-        branches: what scores base and new classes of an FVGModel: "base" (z_FDC), "new" (z_PC), "tuner" (z_full) or
-            "prior" (z_CLIP). The
-            paper's ablation uses others than the default.
+        branches: what scores base and new classes of an FVGModel: "base" (z_FDC), "new" (z_PC), "tuner" (z_full)
+            or "prior" (z_CLIP). The paper's ablation uses others than the default.
 
     Returns:
         base, new: accuracy in percent, each among its own classes. hm: their harmonic mean.

@@ -1,8 +1,10 @@
-"""The plus preset: its config, the attended view against naive loops, banks, files, and the joint rule's temperature."""
+"""The plus preset: its config, the attended view against naive loops, banks, files, and the page."""
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +103,9 @@ def close(one: Tensor, other: Tensor, atol: float = 1e-5) -> None:
     torch.testing.assert_close(one, other, atol=atol, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("top", "left", "height", "width"), [(10, 12, 8, 12), (0, 0, 2, 2), (20, 3, 12, 12), (0, 0, 32, 32)])
+@pytest.mark.parametrize(
+    ("top", "left", "height", "width"), [(10, 12, 8, 12), (0, 0, 2, 2), (20, 3, 12, 12), (0, 0, 32, 32)]
+)
 def test_zoom_against_a_window_cut_by_hand(top: int, left: int, height: int, width: int) -> None:
     """A linear ramp stays linear under bicubic sampling, so that every pixel says where it was taken from."""
     size, margin = 32, 1.2
@@ -189,7 +193,7 @@ def test_training_never_sees_the_attended_view(model: FVGModel, pixels: Tensor) 
 
 def test_a_bank_gives_what_pixels_give(model: FVGModel, pixels: Tensor, tmp_path: Path) -> None:
     bank = FeatureBank.encode(model, Pictures(pixels, CLASSES), measure=True, output=tmp_path / "bank")
-    (features, _), = bank.batches()
+    ((features, _),) = bank.batches()
     with model.use_classes(BOTH):
         for branch in ("base", "new", "joint"):
             close(model(features=features, branch=branch).logits, model(pixels, branch=branch).logits, 1e-3)
@@ -220,7 +224,9 @@ def test_evaluate_scores_what_forward_says(model: FVGModel, pixels: Tensor) -> N
     assert prior["base"] == pytest.approx(100 * sum(right) / len(right))
 
 
-def test_saved_and_loaded(model: FVGModel, small_clip: CLIPModel, tokenizer: Any, pixels: Tensor, tmp_path: Path) -> None:
+def test_saved_and_loaded(
+    model: FVGModel, small_clip: CLIPModel, tokenizer: Any, pixels: Tensor, tmp_path: Path
+) -> None:
     folder = model.save_pretrained(tmp_path / "plus")
     with model.use_classes(BOTH):
         wanted = model(pixels, branch="joint").logits
@@ -229,3 +235,61 @@ def test_saved_and_loaded(model: FVGModel, small_clip: CLIPModel, tokenizer: Any
     again = load(folder, clip=small_clip, tokenizer=tokenizer, classes=BOTH)
     assert again.config == model.config and again.config.preset == "plus"
     close(again(pixels, branch="joint").logits, wanted, 1e-4)
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def test_the_page_is_what_was_measured() -> None:
+    from examples.pocket import plus_page
+
+    assert (ROOT / "docs" / "plus.md").read_text("utf-8") == plus_page.page()
+
+
+def test_the_paper_s_rows_come_from_the_same_prompts() -> None:
+    """What results.py recorded of CLIP and of the tuner is what was measured here, beside its FVG-PT rows."""
+    from examples.pocket import plus
+
+    files = sorted(plus.MEASURED.glob("coop/*.test.[123].json"))
+    assert files
+    for file in files:
+        task, _, seed, _ = file.name.split(".")
+        record, rows = plus.recorded("coop", task), json.loads(file.read_text("utf-8"))
+        assert (record is None) == (plus.PAPER in rows)
+        for row, name in ((plus.CLIP, "clip"), (plus.TUNER, "coop")):
+            if record is not None:
+                known = json.loads(record.read_text("utf-8"))[name]["joint_hm"][int(seed) - 1]
+                assert rows[row]["joint_hm"] == pytest.approx(known, abs=0.6)  # a picture or two, by rounding
+
+
+def test_a_miniature_of_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from examples.pocket import plus, plus_page
+
+    short = {k: replace(v, epochs=1) for k, v in plus.stages("coop").items()}
+    monkeypatch.setattr(plus, "stages", lambda kind: short)
+    monkeypatch.setattr(plus, "SHOTS", 1)
+    monkeypatch.setattr(plus, "recorded", lambda kind, task: None)
+    monkeypatch.setattr(plus, "folder_of", lambda task: ROOT / "examples" / "pocket" / "data")
+    monkeypatch.setattr(plus_page, "recorded", lambda kind, task: None)
+    for controls in (False, True):
+        plus.run(["coop"], ["fruit_vegetables"], [1], "test", controls, tmp_path / "out", tmp_path / "banks")
+    lines = plus_page.section(tmp_path / "out", "coop", "test", ["fruit_vegetables"], "miniature")
+    table = "\n".join(lines)
+    for row in (plus.CLIP, plus.TUNER, plus.PAPER, plus.PLUS_ROW, *plus.NO_HEADS, *plus.READINGS, "plus, λ_d = 0"):
+        assert row in table
+    rows = plus_page.gather(tmp_path / "out", "coop", "test", ["fruit_vegetables"])
+    assert 80 < rows[plus.CLIP]["base"]["fruit_vegetables"][0] < 83  # results.md: 81.7
+    assert rows[plus.PLUS_ROW] != rows["plus, no attended view"]
+
+
+def test_more_tasks_are_the_same_everywhere_and_use_what_no_task_uses() -> None:
+    from examples.pocket import concepts, tasks
+
+    used = {c.name for c in concepts.load() if c.task}
+    for task, names in tasks.MORE.items():
+        assert not used & set(names) and tasks.class_names(task) == list(names)
+    known = json.loads(tasks.HASHES.read_text("utf-8"))
+    assert tasks.digest("plants_drinks") == known["plants_drinks"]["sha256"]

@@ -1,9 +1,10 @@
-"""docs/plus.md by one command: `FVGConfig(preset="plus")` beside the paper's settings on tasks that it was not chosen on.
+"""docs/plus.md by one command: `preset="plus"` beside the paper's settings, on tasks that it was not chosen on.
 
-    python -m examples.pocket.plus [--tuners coop …] [--tasks NAME …] [--seeds 1,2,3] [--output DIR] [--banks DIR]
+    python -m examples.pocket.plus [--tuners coop …] [--tasks NAME …] [--tests test …] [--seeds 1,2,3] [--controls]
 
-The figures of a tuner on a task lie in OUTPUT/<tuner>/<task>.json; what is there is not run again. The committed ones
-lie in `examples/pocket/measured/plus`, so the page alone is a matter of a second. `plus_search` is how it was chosen.
+The figures of one seed of a tuner on a task lie in OUTPUT/<tuner>/<task>.<test>.<seed>.json, those of the controls
+beside them; what is there is not run again. The committed ones lie in `examples/pocket/measured/plus`, so the page
+alone (`--tuners` with nothing behind it) is a matter of a second.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ TASKS = {
     "mmrl": VALIDATION,
     "lora": VALIDATION,
 }
-"""Where each tuner runs. Tuners that change the image tower have figures in results.md on the validation tasks alone."""
+"""Where each tuner runs. results.md has tuners that change the image tower on the validation tasks alone."""
+SHOTS = 16
 METRICS = ("base", "new", "hm", "joint_base", "joint_new", "joint_hm", "ece")
 PLUS = FVGConfig(preset="plus")
 CLIP, TUNER, PAPER, PLUS_ROW = "CLIP", "the tuner alone", "FVG-PT", "plus"
@@ -109,7 +111,9 @@ def heads(kind: str, tuner: Tuner, bank: FeatureBank, seed: int, config: FVGConf
     return model
 
 
-def main_rows(kind: str, tuner: Tuner, bank: FeatureBank, seed: int, tests: Tests, found: Found, paper: bool) -> None:
+def main_rows(
+    kind: str, tuner: Tuner, bank: FeatureBank, seed: int, tests: Tests, found: Found, *, paper: bool
+) -> None:
     """Without heads, the paper's settings, plus, and plus without one of its parts."""
     without_heads(found, tuner, tests)
     if paper:  # where results.py has not measured it on the same prompts and pictures already
@@ -126,7 +130,9 @@ def main_rows(kind: str, tuner: Tuner, bank: FeatureBank, seed: int, tests: Test
     model.release()
 
 
-def control_rows(kind: str, tuner: Tuner, bank: FeatureBank, others: FeatureBank, seed: int, tests: Tests, found: Found) -> None:
+def control_rows(
+    kind: str, tuner: Tuner, bank: FeatureBank, others: FeatureBank, seed: int, tests: Tests, found: Found
+) -> None:
     """Plus without the foreground, without distillation, and with other pictures' masks."""
     for row, source, config, foreground in (
         ("plus, x_fg = x", bank, PLUS, "whole"),
@@ -145,12 +151,14 @@ def run_task(kind: str, task: str, seeds: Sequence[int], tests: Sequence[str], c
     normal = {"size": (64, 64), "mean": config.image_mean, "std": config.image_std, "crop_scale": CROP}
     found: Found = {}
     for seed in seeds:
-        split = base_to_new_split(folder_of(task), shots=16, seed=seed, test_splits=tuple(tests), **normal)
+        split = base_to_new_split(folder_of(task), shots=SHOTS, seed=seed, test_splits=tuple(tests), **normal)
         torch.manual_seed(seed)
         tuner: Tuner = TUNERS[kind](clip, tokenizer, split.base_classes, **SETTINGS[kind].options)
         state = banks / task / f"{kind}-{seed}.pt"
-        own = f"{kind}-{seed}-" if tuner.changes_images else ""
-        bank = None if tuner.changes_images else encoded(tuner, split.train, banks / task / f"train-{seed}", test=False, seed=seed)
+        place, own = banks / task, f"{kind}-{seed}-" if tuner.changes_images else ""
+        kept, bank = place / f"{own}train-{seed}", None
+        if not tuner.changes_images:
+            bank = encoded(tuner, split.train, kept, test=False, seed=seed)
         if state.exists():
             tuner.load_state_dict(torch.load(state, weights_only=True), strict=False)
             tuner.eval()
@@ -158,16 +166,17 @@ def run_task(kind: str, task: str, seeds: Sequence[int], tests: Sequence[str], c
             fit(tuner, split.train if bank is None else bank, recipe=stages(kind)["tune"], seed=seed)
             state.parent.mkdir(parents=True, exist_ok=True)
             torch.save(tuner.state_dict(), state)
-        bank = bank or encoded(tuner, split.train, banks / task / f"{own}train", test=False, seed=seed)
+        bank = bank or encoded(tuner, split.train, kept, test=False, seed=seed)
         sets: Tests = {
             name: (
-                encoded(tuner, base, banks / task / f"{own}{name}-base", test=True),
-                encoded(tuner, new, banks / task / f"{own}{name}-new", test=True),
+                encoded(tuner, base, place / f"{own}{name}-base", test=True),
+                encoded(tuner, new, place / f"{own}{name}-new", test=True),
             )
             for name, (base, new) in split.tests.items()
         }
         if controls:
-            others = encoded(tuner, OtherMasks(split.train, seed), banks / task / f"{own}shuffled-{seed}", test=False, seed=seed)
+            shuffled = place / f"{own}shuffled-{seed}"
+            others = encoded(tuner, OtherMasks(split.train, seed), shuffled, test=False, seed=seed)
             control_rows(kind, tuner, bank, others, seed, sets, found)
         else:
             main_rows(kind, tuner, bank, seed, sets, found, paper=recorded(kind, task) is None)
@@ -202,6 +211,26 @@ def run(
                     print(target, flush=True)
 
 
+def main() -> None:
+    """Runs what is missing and writes the page."""
+    from examples.pocket.plus_page import PAGE, page
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tuners", nargs="*", default=["coop"], choices=list(TASKS), help="none: the page alone")
+    parser.add_argument("--tasks", nargs="*", help="these instead of all of the tuner's")
+    parser.add_argument("--tests", nargs="*", default=["test"], choices=list(SPLITS))
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--controls", action="store_true", help="the rows x_fg = x, λ_d = 0 and shuffled masks")
+    parser.add_argument("--output", type=Path, default=MEASURED)
+    parser.add_argument("--banks", type=Path, default=BANKS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    options = parser.parse_args()
+    seeds = [int(s) for s in options.seeds.split(",")]
+    for test in options.tests:
+        run(options.tuners, options.tasks, seeds, test, options.controls, options.output, options.banks)
+    options.page.write_text(page(options.output), encoding="utf-8")
+    print(options.page)
+
+
 if __name__ == "__main__":
-    import sys
-    run([sys.argv[1]], sys.argv[3].split(","), [int(x) for x in sys.argv[4].split(",")], sys.argv[2], len(sys.argv) > 5, MEASURED, BANKS)
+    main()
