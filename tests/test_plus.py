@@ -293,3 +293,16 @@ def test_more_tasks_are_the_same_everywhere_and_use_what_no_task_uses() -> None:
         assert not used & set(names) and tasks.class_names(task) == list(names)
     known = json.loads(tasks.HASHES.read_text("utf-8"))
     assert tasks.digest("plants_drinks") == known["plants_drinks"]["sha256"]
+
+
+def test_the_command_takes_a_preset(tmp_path: Path) -> None:
+    from fvg_adapter.cli.training import _config
+
+    clip = str(ROOT / "examples" / "pocket" / "model")
+    config = _config(None, {"lambda_distill": 3.0, "lambda_gate": None}, clip, "plus")
+    assert (config.preset, config.lambda_distill, config.attended_view) == ("plus", 3.0, 0.4)
+    (tmp_path / "own.json").write_text('{"attended_view": 0.2, "preset": "plus"}')
+    assert _config(tmp_path / "own.json", {}, clip).attended_view == 0.2
+    assert _config(None, {}, clip).preset == "paper"
+    with pytest.raises(FVGError, match="Did you mean 'plus'"):
+        _config(None, {}, clip, "pluss")
