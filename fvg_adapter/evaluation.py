@@ -21,7 +21,8 @@ from fvg_adapter.tuners.base import Tuner, check_labels
 from fvg_adapter.tuners.prompts import plain
 
 ECE_BINS = 15
-_BRANCHES = ("base", "new", "tuner")
+_BRANCHES = ("base", "new", "tuner", "prior")
+_ATTENDED = {"image": "attended", "image_new": "attended_new", "prior": "attended_prior"}
 
 
 def harmonic_mean(base: float, new: float) -> float:
@@ -50,8 +51,8 @@ def evaluate(
         base_set, new_set: data sets with `classes`, whose labels index their own classes; or FeatureBanks of them.
             Items may carry "foreground_mask"; the foreground figures are over images with a usable one.
         batch_size: images encoded at once.
-        branches: what scores base and new classes of an FVGModel: "base" (z_FDC), "new" (z_PC) or "tuner" (z_full). The
-            paper's ablation uses others than the default.
+        branches: what scores base and new classes of an FVGModel: "base" (z_FDC), "new" (z_PC), "tuner" (z_full)
+            or "prior" (z_CLIP). The paper's ablation uses others than the default.
         groups: of each image of both sets, which group it belongs to beside its class: a background, a camera, a place.
 
     Returns:
@@ -184,6 +185,7 @@ def _scored(
 def _foreground_view(bank: FeatureBank) -> dict[str, Tensor]:
     """The foreground view's features in the places of the whole image's."""
     names = {"image": "foreground", "image_new": "foreground_new", "prior": "foreground_prior"}
+    names |= {_ATTENDED[to]: source for to, source in names.items() if _ATTENDED[to] in bank.features}
     return {to: bank.features[source] for to, source in names.items() if source in bank.features}
 
 
@@ -193,7 +195,7 @@ def _logits(model: FVGModel | Tuner, bank: FeatureBank, classes: Sequence[str], 
     rows = []
     with model.use_classes(classes):
         for features, _ in bank.batches():
-            moved = {k: v.to(device) for k, v in features.items() if k in ("image", "image_new", "prior")}
+            moved = {k: v.to(device) for k, v in features.items() if k in (*_ATTENDED, *_ATTENDED.values())}
             rows.append(_batch_logits(model, moved, branch).float().cpu())
     return torch.cat(rows)
 
@@ -204,21 +206,26 @@ def _joint_logits(
     """(N, C) scores over base and new classes: a tuner's own logits, an FVGModel's rule of METHOD section 11."""
     if not isinstance(model, FVGModel):
         return _logits(model, bank, classes, "tuner")
-    known = {plain(name) for name in model.base_classes}
-    is_base = torch.tensor([plain(name) in known for name in classes])
     prior, base, new = (_logits(model, bank, classes, branch) for branch in ("prior", *branches))
-    return L.joint_log_probs(prior, base, new, is_base)
+    with model.use_classes(classes):
+        return model.joint_log_probs(prior, base, new)
 
 
 def _batch_logits(model: FVGModel | Tuner, features: dict[str, Tensor], branch: str) -> Tensor:
-    tuner = _tuner_of(model)
+    if not isinstance(model, FVGModel):
+        if branch == "prior":
+            prior = features.get("prior", features.get("image_new", features["image"]))
+            return model.scores(prior, model.prior_text_features())
+        return model.scores(_tuner_features(model, features, branch), model.text_features())
+    if branch in ("base", "new"):
+        logits: Tensor = model(features=features, branch=branch).logits
+        return logits
+    tuner, views = model.tuner, model.inference_views(features)
     if branch == "prior":
-        prior = features.get("prior", features.get("image_new", features["image"]))
-        return tuner.scores(prior, tuner.prior_text_features())
-    if branch == "tuner" or not isinstance(model, FVGModel):
-        return tuner.scores(_tuner_features(tuner, features, branch), tuner.text_features())
-    logits: Tensor = model(features=features, branch=branch).logits
-    return logits
+        assert views.prior is not None
+        return tuner.scores(views.prior, tuner.prior_text_features())
+    seen = set(tuner.classes) <= set(tuner.base_classes)  # MMRL scores other classes with its "new" features
+    return tuner.scores(views.base if seen else views.new, tuner.text_features())
 
 
 def _tuner_of(model: FVGModel | Tuner) -> Tuner:

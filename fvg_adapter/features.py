@@ -52,7 +52,8 @@ class FeatureBank(Dataset[dict[str, Any]]):
 
     Args:
         features: "image" (N, K, D); where they exist "foreground" and "prior" (N, K, D), "image_new" (N, K, D) for
-            tuners that change the images, "mask_area" (N, K), "usable" (N, K) bool, and "attention_in_mask" (N, K).
+            tuners that change the images, "mask_area" (N, K), "usable" (N, K) bool, and "attention_in_mask" (N, K);
+            "attended" (N, K, D) (and "attended_new", "attended_prior") where the config has an attended view.
             Or a list of such dictionaries, one a shard.
         labels: list of N class indices. classes: their names.
         fingerprint: of what encoded them. settings: how foreground views were made.
@@ -157,7 +158,7 @@ class FeatureBank(Dataset[dict[str, Any]]):
             batch_size: images at once. workers: of the DataLoader.
             seed: view k of image i depends on (seed, k, i) only, not on order, batch size or workers.
             measure: for `evaluate`: the data set's own masks alone, how much attention lies inside them, and every
-                feature of the foreground view.
+                feature of the foreground view and of the attended view (`FVGConfig.attended_view`).
             output: folder to write; the bank that comes back is mapped from it. A whole bank that fits is only read.
             dtype: of features on the disk, float32 or float16 (half the size; features of unit length keep 3 digits).
             rows_per_shard: images in a file.
@@ -256,7 +257,7 @@ class FeatureBank(Dataset[dict[str, Any]]):
             )
         if not isinstance(model, FVGModel) or not self.settings or "foreground" not in self._parts[0]:
             return
-        wanted = _settings_of(model, False, self.settings.get("masks") == "given")
+        wanted = _settings_of(model, "attended" in self._parts[0], self.settings.get("masks") == "given")
         names = [n for n in wanted if n != "masks" or (training and wanted[n] not in ("whole", self.settings.get(n)))]
         other = [n for n in names if n in self.settings and self.settings[n] != wanted[n]]
         if other:
@@ -323,7 +324,10 @@ def _settings_of(model: FVGModel, measure: bool, masks_given: bool) -> dict[str,
     }
     if config.outside_mask == "black":
         settings |= {"image_mean": list(config.image_mean), "image_std": list(config.image_std)}
-    if source == "attention":
+    attended = measure and config.attended_view > 0
+    if attended:
+        settings |= {"usable_area": list(config.usable_area), "attended_margin": config.attended_margin}
+    if source == "attention" or attended:
         settings |= {
             "attention_layers": list(config.attention_layers),
             "attention_threshold": config.attention_threshold,
@@ -395,6 +399,8 @@ def _encode(
     if model.tuner.changes_images:
         found |= {"prior": views.prior, "foreground_prior": views.foreground_prior}
         found |= {"image_new": views.new, "foreground_new": views.foreground_new if measure else None}
+        found |= {"attended_new": views.attended_new, "attended_prior": views.attended_prior}
+    found["attended"] = views.attended
     if measure and views.attention is not None:
         blank = torch.zeros(len(pixels), 1, *pixels.shape[-2:], device=device)
         found["attention_in_mask"] = attention_in_mask(views.attention, blank if mask is None else mask)

@@ -112,7 +112,9 @@ def temperature_of_entropy(logits: Tensor, wanted: float, steps: int = 60) -> fl
     return float((low * high) ** 0.5)
 
 
-def joint_log_probs(z_prior: Tensor, z_base: Tensor, z_new: Tensor, is_base: Tensor) -> Tensor:
+def joint_log_probs(
+    z_prior: Tensor, z_base: Tensor, z_new: Tensor, is_base: Tensor, *, group_temperature: float = 1.0
+) -> Tensor:
     """log p(c | x) (B, C) over base and new classes together, by the hierarchical rule of section 11.
 
     Which group is asked of the untouched prior, which class in it of the branch made for it. With one group alone it is
@@ -121,8 +123,10 @@ def joint_log_probs(z_prior: Tensor, z_base: Tensor, z_new: Tensor, is_base: Ten
     Args:
         z_prior, z_base, z_new: (B, C) logits of plain CLIP, of the base and of the new branch, over all classes.
         is_base: (C,) True for the classes tuned on.
+        group_temperature: T of P_CLIP(group) = Σ softmax(z_CLIP / T) over the group's classes; 1 is METHOD's rule. A
+            flatter prior leaves more of the question to the branches (measured in docs/plus.md).
     """
-    prior = log_probs(z_prior)
+    prior = log_probs(z_prior, group_temperature)
     result = torch.empty_like(z_base)
     for members, logits in ((is_base, z_base), (~is_base, z_new)):
         if bool(members.any()):

@@ -66,6 +66,11 @@ class FVGModel(nn.Module, Pretrained):
                 f"foreground='attention' needs a vision tower, but this {type(tuner).__name__} tuner has no CLIP; give "
                 "it clip=…, or wrap with foreground='given', 'whole' or a callable that makes masks."
             )
+        if config.attended_view > 0 and not tuner.encoder.has_vision:
+            raise FVGError(
+                f"attended_view={config.attended_view} needs a vision tower, but this {type(tuner).__name__} tuner has "
+                "no CLIP; give it clip=…, or set attended_view=0."
+            )
         super().__init__()
         self.tuner = tuner
         self.config = config
@@ -195,6 +200,7 @@ class FVGModel(nn.Module, Pretrained):
             views = self._views(
                 pixel_values, foreground_mask, features, labels, learning, branch != "base", return_attention
             )
+            views = views.blended(self.config.attended_view)
         device_type = views.base.device.type
         with torch.autocast(device_type, enabled=False):  # heads and losses stay in full precision (DESIGN decision 5)
             return self._train(views, labels, branch) if learning else self._score(views, labels, branch)  # type: ignore[arg-type]
@@ -209,7 +215,7 @@ class FVGModel(nn.Module, Pretrained):
             _, prior_trust, z_new = self._calibrate(views.new, text, z_prior)
             logits = z_new
         if z_base is not None and z_new is not None:
-            logits = _joint_log_probs(z_prior, z_base, z_new, torch.tensor(self._is_base(), device=text.device))
+            logits = self.joint_log_probs(z_prior, z_base, z_new)
         if views.foreground is not None:
             z_full, z_fg = self._logits(views.base, text), self._logits(views.foreground, text)
             trust = self._trust(z_full, z_fg, views)[0]
@@ -255,7 +261,7 @@ class FVGModel(nn.Module, Pretrained):
         )
         logits = {"base": z_fdc, "new": z_pc}.get(branch)
         if logits is None:
-            logits = _joint_log_probs(z_prior, z_fdc, z_pc, torch.tensor(self._is_base(), device=text.device))
+            logits = self.joint_log_probs(z_prior, z_fdc, z_pc)
         return FVGOutput(
             loss=loss,
             logits=logits,
@@ -294,6 +300,11 @@ class FVGModel(nn.Module, Pretrained):
         prior_trust = torch.sigmoid(self.backbone_gate(cues))
         return z_full, prior_trust, L.calibrated_logits(z_full, z_prior, prior_trust)
 
+    def joint_log_probs(self, z_prior: Tensor, z_base: Tensor, z_new: Tensor) -> Tensor:
+        """The joint rule of `losses.joint_log_probs` over the current classes, as the config has it; logits (B, C)."""
+        is_base = torch.tensor(self._is_base(), device=z_base.device)
+        return _joint_log_probs(z_prior, z_base, z_new, is_base, group_temperature=self.config.group_temperature)
+
     def _trust(self, z_full: Tensor, z_fg: Tensor, views: Views) -> tuple[Tensor, Tensor]:
         """r (B,), 0 where the mask is unusable, and the gate's logits (B,)."""
         assert views.area is not None and views.usable is not None
@@ -322,7 +333,8 @@ class FVGModel(nn.Module, Pretrained):
             pixel_values: (B, 3, H, W). foreground_mask: as in `forward`.
             masks: "training" = as in training, where the foreground source supplies missing ones or replaces the view;
                 "given" = only what is given here, for measuring.
-            measure: also attention maps and plain CLIP's features of the foreground view.
+            measure: also attention maps, plain CLIP's features of the foreground view, and those of the attended view
+                where the config has one.
             classes: the class name of each picture, for foreground sources that are asked with it.
         """
         source = self.foreground if masks == "training" else None
@@ -335,7 +347,14 @@ class FVGModel(nn.Module, Pretrained):
             attention=measure,
             foreground_prior=measure,
             classes=classes,
+            attended=measure,
         )
+
+    @torch.no_grad()
+    def inference_views(self, features: Mapping[str, Tensor]) -> Views:
+        """What a FeatureBank batch stands for at inference: the attended view blended in where the config has one."""
+        stored = self._encoder().stored(features, None, foreground=False, attended=True)
+        return stored.blended(self.config.attended_view)
 
     def _views(
         self,
@@ -349,7 +368,7 @@ class FVGModel(nn.Module, Pretrained):
     ) -> Views:
         source = self.foreground if learning else None
         if features is not None:
-            return self._encoder().stored(features, source, foreground=learning)
+            return self._encoder().stored(features, source, foreground=learning, attended=not learning)
         assert pixels is not None
         asks = mask is None and self._source == "callable" and learning and labels is not None
         return self._encoder().encode(
@@ -360,6 +379,7 @@ class FVGModel(nn.Module, Pretrained):
             prior=learning or prior,
             attention=attention,
             classes=[self.classes[label] for label in labels.tolist()] if asks and labels is not None else None,
+            attended=not learning,
         )
 
     def _encoder(self) -> ViewEncoder:

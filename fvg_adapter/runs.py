@@ -183,13 +183,17 @@ class Run:
 
     def _measured(self, model: Tuner, split: Split, prefix: str) -> Tests:
         def encoded(pictures: Any, name: str) -> FeatureBank:
-            return FeatureBank.encode(model, pictures, measure=True, output=self.folder(f"{prefix}{name}"))
+            return FeatureBank.encode(wrapped, pictures, measure=True, output=self.folder(f"{prefix}{name}"))
 
         halves = {1: ("",), 2: ("-base", "-new")}
-        return {
-            name: tuple(encoded(part, f"{name}{half}") for part, half in zip(parts, halves[len(parts)], strict=True))
-            for name, parts in split.tests.items()
-        }
+        wrapped = FVGModel(model, dataclasses.replace(self.config), foreground="given")
+        try:
+            return {
+                name: tuple(encoded(p, f"{name}{half}") for p, half in zip(parts, halves[len(parts)], strict=True))
+                for name, parts in split.tests.items()
+            }
+        finally:
+            wrapped.release()
 
     def folder(self, name: str) -> Path | None:
         """Where a bank is kept, if it is."""

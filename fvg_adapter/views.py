@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fvg_adapter.attended import blend, zoom_on_mask
 from fvg_adapter.attention import AttentionProbe
 from fvg_adapter.config import FVGConfig
 from fvg_adapter.errors import ForegroundWarning, FVGError
@@ -40,6 +41,7 @@ class Views:
         prior: (B, D) plain CLIP's features of the whole image, or None.
         foreground, foreground_new, foreground_prior: the same three of x_fg, or None.
         area: (B,) share of the image that the mask covers. usable: (B,) bool. attention: (B, h, w) or None.
+        attended, attended_new, attended_prior: the first three of the attended view, or None.
     """
 
     base: Tensor
@@ -51,6 +53,22 @@ class Views:
     area: Tensor | None = None
     usable: Tensor | None = None
     attention: Tensor | None = None
+    attended: Tensor | None = None
+    attended_new: Tensor | None = None
+    attended_prior: Tensor | None = None
+
+    def blended(self, weight: float) -> Views:
+        """With the attended view's features in those of the whole image; itself where there are none."""
+        if self.attended is None or self.attended_new is None:
+            return self
+        base = blend(self.base, self.attended, weight)
+        new = base if self.new is self.base else blend(self.new, self.attended_new, weight)
+        prior = self.prior
+        if prior is self.new:
+            prior = new
+        elif prior is not None and self.attended_prior is not None:
+            prior = blend(prior, self.attended_prior, weight)
+        return replace(self, base=base, new=new, prior=prior)
 
 
 class ViewEncoder:
@@ -73,6 +91,7 @@ class ViewEncoder:
         attention: bool,
         foreground_prior: bool = False,
         classes: Sequence[str] | None = None,
+        attended: bool = False,
     ) -> Views:
         """Views of images (B, 3, H, W).
 
@@ -82,6 +101,7 @@ class ViewEncoder:
             foreground: encode x_fg. prior: also plain CLIP's features. attention: also the attention map.
             foreground_prior: also plain CLIP's features of x_fg (for measuring).
             classes: the class name of each picture, for sources that are asked with it.
+            attended: also the features of the attended view, where the config has one.
         """
         if mask is None and foreground and callable(source):
             config = self.config
@@ -90,21 +110,28 @@ class ViewEncoder:
         if mask is not None:
             mask = prepare_mask(mask, pixels, threshold=self.config.mask_threshold)
         from_attention = mask is None and foreground and source == "attention"
-        one_batch = mask is not None and foreground and not attention and not self.tuner.encoder_needs_separate_passes
+        attended = attended and self.config.attended_view > 0
+        record = attention or attended
+        one_batch = mask is not None and foreground and not record and not self.tuner.encoder_needs_separate_passes
         if one_batch:
             assert mask is not None
             views, view = self._together(pixels, mask, source)
         else:
-            views, mask = self._whole_first(pixels, mask, attention or from_attention, from_attention)
+            views, mask = self._whole_first(pixels, mask, record or from_attention, from_attention)
             views, view = self._then_foreground(views, pixels, mask, source) if foreground else (views, None)
         if prior:
             views = replace(views, prior=self._prior(views.new, pixels))
         if foreground_prior and views.foreground_new is not None:
             again = pixels if view is None else view
             views = replace(views, foreground_prior=self._prior(views.foreground_new, again))
+        if attended:
+            views = self._attend(views, pixels)
+            views = views if attention or from_attention else replace(views, attention=None)
         return views
 
-    def stored(self, features: Mapping[str, Tensor], source: Source | None, *, foreground: bool) -> Views:
+    def stored(
+        self, features: Mapping[str, Tensor], source: Source | None, *, foreground: bool, attended: bool = False
+    ) -> Views:
         """Views from a FeatureBank batch; see `FVGModel.forward`."""
         base = full_precision(features["image"])
         dim = self.tuner.encoder.feature_dim
@@ -115,7 +142,9 @@ class ViewEncoder:
                 "these features lack 'prior', which this tuner needs; encode them with FeatureBank.encode(model, …)."
             )
         new = full_precision(features.get("image_new", base))
-        views = Views(base, new, prior=full_precision(features.get("prior", new)))
+        views = Views(base, new, prior=full_precision(features["prior"]) if "prior" in features else new)
+        if attended and self.config.attended_view > 0:
+            views = _with_attended(views, features)
         view = features.get("foreground")
         if view is None and not foreground:
             return views
@@ -176,6 +205,21 @@ class ViewEncoder:
     def _prior(self, features: Tensor, pixels: Tensor) -> Tensor:
         return self.tuner.prior_image_features(pixels) if self.tuner.changes_images else features
 
+    def _attend(self, views: Views, pixels: Tensor) -> Views:
+        """The attended view; the whole image where the attention makes no usable mask."""
+        config, maps = self.config, views.attention
+        assert maps is not None
+        size = (pixels.shape[-2], pixels.shape[-1])
+        mask = attention_mask_from_map(maps, size, threshold=config.attention_threshold)
+        view = self._view(pixels, mask)
+        if config.attended_margin:
+            view = zoom_on_mask(view, mask, config.attended_margin)
+        usable = usable_mask(mask_area(mask), config.usable_area).view(-1, 1, 1, 1)
+        view = torch.where(usable, view, pixels)
+        base, new = self.tuner.branch_image_features(view)
+        prior = None if views.prior is None else self._prior(new, view)
+        return replace(views, attended=base, attended_new=new, attended_prior=prior)
+
     def _view(self, pixels: Tensor, mask: Tensor) -> Tensor:
         config = self.config
         return foreground_view(
@@ -211,3 +255,15 @@ class ViewEncoder:
 def _none(usable: Tensor) -> bool:
     """Whether no mask is usable; not asked on CUDA, where the answer would stall the stream, nor while compiling."""
     return usable.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(usable.any())
+
+
+def _with_attended(views: Views, features: Mapping[str, Tensor]) -> Views:
+    if "attended" not in features:
+        raise FVGError(
+            "these features lack 'attended', which this model (attended_view above 0) needs at inference; encode test "
+            "pictures with FeatureBank.encode(model, …, measure=True)."
+        )
+    base = full_precision(features["attended"])
+    new = full_precision(features["attended_new"]) if "attended_new" in features else base
+    prior = full_precision(features["attended_prior"]) if "attended_prior" in features else new
+    return replace(views, attended=base, attended_new=new, attended_prior=prior)

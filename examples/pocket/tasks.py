@@ -31,6 +31,27 @@ OWN_FIRST = 1000  # variant numbers of the classes' own backgrounds
 RANDOM_FIRST, RANDOM_COUNT = 2000, 12  # variant numbers of random backgrounds, for each family
 SPOILED_SHARE = 0.25
 Ints = NDArray[np.int64]
+#: Two more tasks, of concepts that are classes of no task in `concepts.json` (docs/plus.md); in them the others alone
+#: are distractors. In label order, as `concepts.json` has them.
+MORE: dict[str, tuple[str, ...]] = {
+    "plants_drinks": (
+        "maple leaf", "blossom", "rose", "christmas tree", "herb", "bottle with popping cork", "tumbler glass",
+        "evergreen tree", "beer mug", "fallen leaf", "cherry blossom", "wine glass", "tropical drink", "hot beverage",
+        "cactus", "four leaf clover", "mushroom", "deciduous tree", "leaf fluttering in wind", "tanabata tree",
+        "sunflower", "glass of milk", "baby bottle", "bouquet", "sake", "cocktail glass", "sheaf of rice",
+        "white flower", "wilted flower", "pine decoration", "clinking glasses", "tulip", "teacup without handle",
+        "palm tree", "seedling", "shamrock", "hibiscus",
+    ),
+    "leisure": (
+        "volleyball", "fishing pole", "wind chime", "rosette", "moon viewing ceremony", "tennis", "badminton",
+        "japanese dolls", "admission tickets", "fireworks", "ticket", "balloon", "running shirt", "soccer ball",
+        "basketball", "ice hockey", "ping pong", "ribbon", "sparkler", "american football", "trumpet", "jack o lantern",
+        "guitar", "violin", "boxing glove", "wrapped gift", "rugby football", "ice skate", "saxophone", "bowling",
+        "drum", "flag in hole", "reminder ribbon", "musical keyboard", "martial arts uniform", "goal net", "baseball",
+        "party popper", "carp streamer", "field hockey", "cricket game", "skis", "sparkles",
+    ),
+}  # fmt: skip
+EVERY = (*concepts.TASKS, *MORE)
 COMMITTED = "fruit_vegetables"  # the task whose pictures lie in data/
 HASHES = concepts.HERE / "tasks.json"
 
@@ -48,8 +69,11 @@ class Split:
 
 def members(task: str) -> list[int]:
     """Rows of `concepts.json` that are the task's classes, in label order."""
+    if task in MORE:
+        rows = {c.name: i for i, c in enumerate(concepts.load()) if not c.task}
+        return [rows[name] for name in MORE[task]]
     if task not in concepts.TASKS:
-        raise ValueError(f"no task named {task!r}; there are {', '.join(concepts.TASKS)}")
+        raise ValueError(f"no task named {task!r}; there are {', '.join(EVERY)}")
     return [i for i, c in enumerate(concepts.load()) if c.task == task]
 
 
@@ -111,7 +135,7 @@ def compose_split(task: str, split: str, *, true_masks: bool = False) -> Split:
     """Compose one split: the same bytes on every machine.
 
     Args:
-        task: one of `concepts.TASKS`.
+        task: one of `EVERY`.
         split: `train`, `test`, `test_swapped` or `test_home`.
         true_masks: leave the training masks whole too; the pictures are the same.
 
@@ -121,13 +145,13 @@ def compose_split(task: str, split: str, *, true_masks: bool = False) -> Split:
     if split not in PER_CLASS:
         raise ValueError(f"no split named {split!r}; there are {', '.join(PER_CLASS)}")
     rows, own = np.array(members(task)), _own_families(task)
-    number = [list(concepts.TASKS).index(task), list(PER_CLASS).index(split)]
+    number = [EVERY.index(task), list(PER_CLASS).index(split)]
     rng = np.random.Generator(np.random.PCG64([concepts.SEED, 4, *number]))
     labels = np.repeat(np.arange(len(rows)), PER_CLASS[split])
     mine = np.stack([backgrounds.variant(int(f), OWN_FIRST + i) for i, f in enumerate(own.ravel())])
     bank = np.concatenate([mine, _random_bank()])
     places = _places(rng, split, labels, own)
-    extras = np.array([i for i, c in enumerate(concepts.load()) if not c.task])
+    extras = np.array([i for i, c in enumerate(concepts.load()) if not c.task and i not in set(rows.tolist())])
     pictures, masks = compose.render(compose.draw(rng, rows[labels], extras, places), _levels(), bank)
     kept = true_masks or split != "train"
     spoiled = np.zeros(len(labels), np.bool_) if kept else spoil(rng, masks)
@@ -182,19 +206,19 @@ def write_task(name: str, out: Path | str, quality: int | None = None, *, true_m
 def check() -> dict[str, bool]:
     """Compose every task and compare its pixels with the committed hashes."""
     known = json.loads(HASHES.read_text(encoding="utf-8"))
-    return {task: digest(task) == known[task]["sha256"] for task in concepts.TASKS}
+    return {task: digest(task) == known[task]["sha256"] for task in EVERY}
 
 
 def freeze() -> None:
     """Write the hashes that `check` compares with. Only when the generator changes on purpose."""
-    rows = {task: {"classes": len(members(task)), "sha256": digest(task)} for task in concepts.TASKS}
+    rows = {task: {"classes": len(members(task)), "sha256": digest(task)} for task in EVERY}
     HASHES.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     """`python -m examples.pocket.tasks NAME OUT [--quality 90]`."""
     parser = argparse.ArgumentParser(description="Compose a pocket task into an image folder.")
-    parser.add_argument("name", choices=[*concepts.TASKS])
+    parser.add_argument("name", choices=[*EVERY])
     parser.add_argument("out", type=Path)
     parser.add_argument("--quality", type=int, default=None, help="WebP quality of the pictures (default: lossless)")
     arguments = parser.parse_args()

@@ -101,6 +101,14 @@ def train_and_compare(
     lambda_new: Annotated[
         float | None, typer.Option(help="Weight of the new branch.", rich_help_panel=_HEADS, show_default="1")
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="paper, or plus: other values of FVGConfig, with an attended view at inference (docs/plus.md).",
+            rich_help_panel=_HEADS,
+            show_default="paper",
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON file with fields of FVGConfig.", rich_help_panel=_HEADS)
     ] = None,
@@ -192,7 +200,7 @@ def train_and_compare(
         if not 0 < min_crop <= 1:
             raise FVGError(f"--min-crop must lie above 0 and not above 1, but is {min_crop}.")
         tune, heads = _cropped(tune, min_crop), _cropped(heads, min_crop)
-    settings = fvg_config(config, weights, model)
+    settings = fvg_config(config, weights, model, preset)
     tell = say_progress()
     if tell is not None:
         tell(f"tuner {kind}, prompt {template!r}, data set {dataset_name(dataset or Path(data).name)}")
@@ -262,8 +270,8 @@ def _cropped(stage: Stage | None, smallest: float) -> Stage | None:
     return stage and dataclasses.replace(stage, crop_scale=(smallest, 1.0))
 
 
-def fvg_config(path: Path | None, weights: dict[str, float | None], model: str) -> FVGConfig:
-    """FVGConfig from the file, the options (which win), and the normalisation of the model's preprocessor."""
+def fvg_config(path: Path | None, weights: dict[str, float | None], model: str, preset: str | None = None) -> FVGConfig:
+    """FVGConfig from the preset, the file, the options (which win), and the model's own normalisation."""
     from fvg_adapter.config import FVGConfig
 
     fields = {} if path is None else read_json(path, "--config")
@@ -271,7 +279,9 @@ def fvg_config(path: Path | None, weights: dict[str, float | None], model: str) 
     for name in fields:
         if name not in known:
             raise FVGError(f"--config {path} has the unknown field {name!r}. {nearest(name, known)}")
-    given = {name: value for name, value in weights.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in weights.items() if value is not None}
+    if preset is not None:
+        given["preset"] = preset
     try:
         return FVGConfig(**{**normalisation(model), **fields, **given})
     except TypeError as error:
