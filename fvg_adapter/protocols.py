@@ -342,7 +342,7 @@ def _one_seed(run: _Run, split: Split, seed: int, results: Results, folder: Path
 
     torch.manual_seed(seed)
     known = inspect.signature(run.tuner).parameters
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
+    if "template" in known and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
         for name in set(run.options) - set(known):
             raise FVGError(f"a {run.tuner.kind!r} tuner has no option {name!r}. {nearest(name, list(known)[3:])}")
     try:
