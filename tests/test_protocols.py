@@ -120,7 +120,7 @@ def test_mistakes_are_named(small_clip: CLIPModel, tokenizer: Any, data: Path, t
 
 
 def test_options_that_a_tuner_does_not_have_are_named(small_clip: CLIPModel, tokenizer: Any, data: Path) -> None:
-    with pytest.raises(FVGError, match=r"a 'coop' tuner cannot be made with the options .*'depth'"):
+    with pytest.raises(FVGError, match="a 'coop' tuner has no option 'depth'"):
         run(small_clip, tokenizer, data, tuner_options={"depth": 3})
     with pytest.raises(FVGError, match="a 'external' tuner cannot be made"):
         run(small_clip, tokenizer, data, tuner="external")
