@@ -29,6 +29,7 @@ PLAN, INDEX = "plan.json", "index.json"
 _MAX_INDEX_BYTES = 32 * 2**20  # 8 million images
 TENSORS: dict[str, int] = {
     **dict.fromkeys(("image", "foreground", "prior", "image_new", "foreground_prior", "foreground_new"), 3),
+    **dict.fromkeys(("attended", "attended_new", "attended_prior"), 3),
     **dict.fromkeys(("mask_area", "usable", "attention_in_mask"), 2),
 }
 """What a shard may hold, each with its dimensions: (rows, K, D) or (rows, K)."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
@@ -50,7 +50,7 @@ def tokenizer() -> Any:
     return CLIPTokenizer.from_pretrained(GOLDEN / "tokenizer")
 
 
-def checkpoint_activations(model: CLIPModel, *, use_reentrant: bool) -> None:
+def checkpoint_activations(model: PreTrainedModel, *, use_reentrant: bool) -> None:
     """Switches gradient checkpointing on, by the name that this transformers has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})

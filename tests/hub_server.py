@@ -355,7 +355,7 @@ def card_problems(card: str) -> list[str]:
         f'"{id}" is no id' for id in ids if id is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(id))
     ]
     for model in header.get("model-index", []):
-        if not isinstance(model.get("name"), str) or not model.get("results"):
+        if not isinstance(model.get("name"), str) or not isinstance(model.get("results"), list):
             problems.append('"model-index" needs names and results')
         for result in model.get("results", []):
             known = [result["task"].get("type"), result["dataset"].get("type"), result["dataset"].get("name")]

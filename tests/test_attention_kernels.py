@@ -158,7 +158,7 @@ def test_a_flow_without_a_forward_says_what_to_do(small_clip: Any) -> None:
     encoder = DualEncoder(small_clip)
     flow = Flow(encoder, lambda layer: 1, rollout=True, relevance=None)
     try:
-        with pytest.raises(ValueError, match=r"^no rollout was recorded; run the tower inside record_attention"):
+        with pytest.raises(ValueError, match=r"^no rollout was recorded; run the tower inside the block"):
             flow.rollout()
         with pytest.raises(ValueError, match=r"^nothing was recorded for relevance; run the tower inside"):
             flow.relevance(torch.ones(1, requires_grad=True))

@@ -296,13 +296,13 @@ def test_more_tasks_are_the_same_everywhere_and_use_what_no_task_uses() -> None:
 
 
 def test_the_command_takes_a_preset(tmp_path: Path) -> None:
-    from fvg_adapter.cli.training import _config
+    from fvg_adapter.cli.training import fvg_config
 
     clip = str(ROOT / "examples" / "pocket" / "model")
-    config = _config(None, {"lambda_distill": 3.0, "lambda_gate": None}, clip, "plus")
+    config = fvg_config(None, {"lambda_distill": 3.0, "lambda_gate": None}, clip, "plus")
     assert (config.preset, config.lambda_distill, config.attended_view) == ("plus", 3.0, 0.4)
     (tmp_path / "own.json").write_text('{"attended_view": 0.2, "preset": "plus"}')
-    assert _config(tmp_path / "own.json", {}, clip).attended_view == 0.2
-    assert _config(None, {}, clip).preset == "paper"
+    assert fvg_config(tmp_path / "own.json", {}, clip).attended_view == 0.2
+    assert fvg_config(None, {}, clip).preset == "paper"
     with pytest.raises(FVGError, match="Did you mean 'plus'"):
-        _config(None, {}, clip, "pluss")
+        fvg_config(None, {}, clip, "pluss")

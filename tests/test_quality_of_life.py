@@ -146,7 +146,7 @@ def test_debug_shows_the_log() -> None:
     handlers = list(logging.getLogger("fvg_adapter").handlers)
     options = ["--model", str(POCKET / "model"), "--seeds", "0", "--tuner-options", '{"n_ct": 8}', "--debug"]
     told = CliRunner().invoke(app, ["train", str(POCKET / "data"), *options])
-    assert "fvg_adapter.protocols: seed 0: reading pictures" in told.stderr
+    assert "fvg_adapter.runs: seed 0: reading pictures" in told.stderr
     assert logging.getLogger("fvg_adapter").handlers == handlers
 
 

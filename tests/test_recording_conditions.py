@@ -22,6 +22,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from conftest import checkpoint_activations
 from fvg_adapter import FVGModel, record_attention, wrap
 from fvg_adapter import losses as L
 from fvg_adapter.attention import AttentionProbe
@@ -119,7 +120,7 @@ def test_recorders_inside_recorders() -> None:
 def test_relevance_with_gradient_checkpointing(family: str) -> None:
     model = families.tiny(family)
     expected = looks(model, images())
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_activations(model, use_reentrant=False)
     for a, b in zip(looks(model.train(), images()), expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
@@ -127,7 +128,7 @@ def test_relevance_with_gradient_checkpointing(family: str) -> None:
 def test_relevance_with_reentrant_checkpointing_says_what_to_do() -> None:
     model = families.tiny("clip")
     rollout = looks(model, images())[1]
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint_activations(model, use_reentrant=True)
     model.train()
     with record_attention(model, rollout=True, relevance=True) as record:
         found = features(model, images().requires_grad_())

@@ -298,7 +298,7 @@ def test_a_unit_is_replaced_whole_or_left_as_it_was(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Path, "replace", fails)
     monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(OSError, match="disk is full"):
+    with pytest.raises(FVGError, match="disk is full"):
         write_json(tmp_path / "unit.json", {"format": 2})
     assert json.loads((tmp_path / "unit.json").read_text()) == {"format": 1}
 

@@ -26,7 +26,7 @@ MEASURED = HERE / "measured"
 FURTHER = {
     **{f"causes_{kind}.json": ("causes", "--tuners", kind) for kind in SETTINGS},
     **{f"home_{kind}.json": ("home", "--tuners", kind) for kind in ("promptsrc", "mmrl")},
-    **{f"{name}.json": (name,) for name in ("trust", "maps", "planted", "loop_or_bank")},
+    **{f"{name}.json": (name,) for name in ("trust", "gate", "maps", "planted", "loop_or_bank")},
 }
 """Records of the other sections of the page: the module that measures each, and its options."""
 MAPS = """On base-class test pictures with random backgrounds (`python -m examples.pocket.maps`, one seed). IoU of the
