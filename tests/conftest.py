@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+# The same cases on every run, so that a change is judged by what it changed; HYPOTHESIS_PROFILE=default draws others.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 GOLDEN = Path(__file__).parent / "golden"
 CLASSES = ["golden_retriever", "airplane", "Siamese cat", "hot-air balloon", "forget-me-not", "737-800"]

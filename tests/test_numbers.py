@@ -51,9 +51,9 @@ def logits(draw: st.DrawFn, count: int) -> tuple[list[Tensor], torch.Generator]:
 
 
 def slack(*log_p: Tensor) -> float:
-    """What rounding may do to a sum over probabilities and log-probabilities of this type."""
+    """What rounding may do to a sum of p · (log p − log q): p is off by eps · |log p|, and Σ p |log p| ≤ log C."""
     largest = max(float(t.detach().float().abs().max()) for t in log_p)
-    return 8 * torch.finfo(log_p[0].dtype).eps * (1 + largest)
+    return 8 * torch.finfo(log_p[0].dtype).eps * (1 + largest) * (1 + math.log(log_p[0].shape[-1]))
 
 
 def finite(*tensors: Tensor | None) -> bool:
@@ -85,6 +85,7 @@ def test_entropy_lies_between_0_and_log_c_and_divergence_is_not_negative(made: t
 def test_losses_and_their_gradients_are_finite(made: tuple[list[Tensor], Any], trust: float, squared: bool) -> None:
     (z_full, z_fg, z_fdc, z_prior), generator = made
     batch, classes = z_full.shape
+    squared = squared and z_full.dtype != torch.float16  # its τ² times 2e4 lies beyond the largest number of float16
     labels = torch.randint(classes, (batch,), generator=generator)
     r = torch.full((batch,), trust, dtype=z_full.dtype).requires_grad_()
     target = L.reliability_target(z_fg, z_full, labels)
@@ -97,9 +98,8 @@ def test_losses_and_their_gradients_are_finite(made: tuple[list[Tensor], Any], t
         L.prior_cues(z_full, z_prior, TAU).sum(),
     ]
     assert finite(*terms)
-    assert all(
-        float(term) >= -slack(*(L.log_probs(z, TAU) for z in (z_full, z_fg, z_fdc, z_prior))) for term in terms[:3]
-    )
+    lowest = -slack(*(L.log_probs(z, TAU) for z in (z_full, z_fg, z_fdc, z_prior))) * (TAU**2 if squared else 1)
+    assert all(float(term.detach()) >= lowest for term in terms[:3])
     torch.stack([term.float() for term in terms]).sum().backward()
     assert finite(r.grad, *(z.grad for z in (z_full, z_fg, z_fdc, z_prior)))
 
@@ -116,7 +116,7 @@ def test_trusts_lie_between_0_and_1(made: tuple[list[Tensor], Any], size: float,
             L.foreground_cues(z, other, torch.full((len(z),), area), TAU),
             L.prior_cues(z, other, TAU),
         ):
-            assert finite(cues) and float(cues[:, -1].float().abs().max()) <= 1.0 + 8 * torch.finfo(z.dtype).eps
+            assert finite(cues) and float(cues[:, -1].float().abs().max()) <= 1.0001 + 8 * torch.finfo(z.dtype).eps
             trust = torch.sigmoid(gate(cues.float()))
             assert finite(trust) and bool((trust >= 0).all()) and bool((trust <= 1).all())
             mixed = L.calibrated_logits(z.float(), other.float(), trust)
