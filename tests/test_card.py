@@ -338,6 +338,10 @@ def test_a_config_from_elsewhere_may_tell_anything(
     weights, results = config["about"]["weights"], config["about"]["results"]
     odd: list[Any] = [[], "text", {"results": 3}, {"results": {**results, "ours": "nobody"}}]
     odd += [{"results": {**results, "rows": {"coop+fvg": {"base": "many"}}}}, {"results": {**results, "seeds": 3}}]
+    link = "<img src=x> [here](https://example.org)"
+    odd += [{"results": {**results, **told}} for told in ({"ours": []}, {"seeds": [link]}, {"shots": link})]
+    odd += [{"results": {**results, "rows": {**results["rows"], "more": {"base": [10**400]}}}}]
+    odd += [{"results": {**results, "rows": {**results["rows"], **{str(i): {} for i in range(1000)}}}}]
     odd += [{"license": "mit\nevil: yes", "dataset": "a/b/c", "picture": "../../etc"}, {"dataset": ["x"]}]
     for about in odd:
         told = {**about, "weights": weights} if isinstance(about, dict) else about
@@ -347,6 +351,29 @@ def test_a_config_from_elsewhere_may_tell_anything(
         loaded.tuner.detach()
         card = card_in(tmp_path / "b")
         assert "No figures came" in card.text and card.data.license == "unknown" and "evil" not in str(card)
+
+
+def test_names_make_no_links(model: FVGModel) -> None:
+    config: dict[str, Any] = {**model.pretrained_config(), "versions": {"torch": "[x](https://example.org)"}}
+    config["classes"] = ["![pixel](https://example.org/a.png)", "a\n\n# b"]
+    config["base_model"] = {"id": "me/x", "revision": "`[y](https://example.org)", "class": "CLIPModel"}
+    rows = {"coop+fvg": {"base": [1.0], "new": [1.0]}, "[z](https://example.org)": {"base": [1.0], "new": [1.0]}}
+    config["about"] = {"results": {"rows": rows, "ours": "coop+fvg"}}
+    text = make_card(config).partition("## Citation")[0]
+    outside = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    assert "](https://example.org" not in outside and "\n# b" not in text
+
+
+def test_figures_of_one_list_of_classes(model: FVGModel, tmp_path: Path) -> None:
+    """What few-shot and cross-dataset runs have: accuracy alone."""
+    rows = {"clip": {"accuracy": [40.0]}, "coop": {"accuracy": [50.0]}, "coop+fvg": {"accuracy": [52.5]}}
+    rows["coop+fvg [x_fg=x]"] = {"accuracy": [52.0]}
+    results = Results(rows=rows, settings=SETTINGS, cost={"coop+fvg": {"parameters": [3.0]}})
+    card = card_in(model.save_pretrained(tmp_path / "a", results=results))
+    assert "| model | accuracy |\n" in card.text and "| **coop+fvg** | 52.5 |" in card.text
+    assert "**Here: accuracy +0.5 points.**" in card.text and "harmonic" not in card.text
+    assert "first half" not in card.text
+    assert [r.metric_name for r in card.data.eval_results] == ["accuracy, percent"]
 
 
 def test_a_pickle_in_place_of_safetensors(
