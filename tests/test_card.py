@@ -22,8 +22,10 @@ from fvg_adapter import FVGModel, load, wrap
 from fvg_adapter.card import is_edited, make_card
 from fvg_adapter.card.figures import shown
 from fvg_adapter.errors import FVGError
-from fvg_adapter.hub import update_card
+from fvg_adapter.hub import push_folder, update_card
 from fvg_adapter.protocols import Results
+from fvg_adapter.publishing import _operations, config_to_push
+from fvg_adapter.replacing import WHOLE
 from fvg_adapter.tuners import TUNERS, CoOp, External, ZeroShot
 
 ROWS = {
@@ -299,6 +301,49 @@ def test_a_broken_header_is_kept_with_a_warning(model: FVGModel, tmp_path: Path,
     (tmp_path / "a/README.md").write_bytes(b"\xff\xfe mine")  # no UTF-8 at all
     model.save_pretrained(tmp_path / "a")
     assert (tmp_path / "a/README.md").read_bytes() == b"\xff\xfe mine"
+
+
+@pytest.mark.parametrize("what", ["update_card", "push_folder"])
+def test_what_a_killed_save_left_counts(
+    what: str, model: FVGModel, small_clip: CLIPModel, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new version was whole, none of its files in its place yet."""
+    folder = model.save_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        model.visual_adapter.down.weight.add_(1.0)
+    new = model.save_pretrained(tmp_path / "b").rename(folder / WHOLE)
+    wanted = (new / "fvg_heads.safetensors").read_bytes()
+    pushed: list[bytes] = []
+    monkeypatch.setattr(
+        "fvg_adapter.publishing.publish", lambda f, *_: pushed.append((f / "fvg_heads.safetensors").read_bytes())
+    )
+    if what == "update_card":
+        update_card(folder, license="mit")
+        assert card_in(folder).data.license == "mit"
+    else:
+        push_folder(folder, "me/x")
+        assert pushed == [wanted]
+    assert (folder / "fvg_heads.safetensors").read_bytes() == wanted and not (folder / WHOLE).exists()
+    model.tuner.detach()
+    loaded = load(folder, clip=small_clip, tokenizer=tokenizer)
+    assert isinstance(loaded, FVGModel)
+    assert torch.equal(loaded.visual_adapter.down.weight, model.visual_adapter.down.weight)
+
+
+def test_nothing_else_of_a_folder_goes_to_the_hub(model: FVGModel, tmp_path: Path) -> None:
+    """Links in a folder from elsewhere would publish what they lead to."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "drawn.png")
+    folder = model.save_pretrained(tmp_path / "a", picture=tmp_path / "drawn.png")
+    secret = tmp_path / "secret"
+    secret.write_text("a token")
+    (folder / "lora").mkdir()
+    for link in (folder / "lora/notes.txt", folder / "attention.png"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(secret)
+    config = config_to_push(folder)
+    assert "picture" not in config["about"]
+    files = {operation.path_in_repo for operation in _operations(folder, config, None)}
+    assert files == {"config.json", "tuner.safetensors", "fvg_heads.safetensors"}
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
