@@ -202,6 +202,20 @@ def test_pixels_are_normalised_as_the_model_says(base: Path, data: Path, tmp_pat
     assert saved.config.image_mean == (0.5, 0.5, 0.5)
 
 
+def test_info_of_odd_files_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/config.json").write_text("[" * 100_000)
+    result = run("info", tmp_path / "deep")
+    assert result.exit_code == 2 and "unexpected" not in result.stderr
+    (tmp_path / "deep/config.json").write_text('{"model_type": "clip", "vision_config": "large"}')
+    assert "a base model, not an adapter" in run("info", tmp_path / "deep").stdout
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/trainer_state.json").write_text("{}")
+    (tmp_path / "run/model.safetensors").write_bytes(b"torn")
+    result = run("info", tmp_path / "run")
+    assert result.exit_code == 2 and "no whole safetensors file" in result.stderr
+
+
 def test_a_second_run_starts_from_the_bank(base: Path, data: Path, tmp_path: Path) -> None:
     options = ("--seeds", "1", "--bank", tmp_path / "bank", "--json", *QUICK)
     first = run("train", data, "--model", base, *options)
