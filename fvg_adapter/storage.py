@@ -2,7 +2,8 @@
 
 Below the tuners, so that every tuner can save itself; `hub.load` dispatches on what was saved. `ModelHubMixin` was not
 used: its save deletes config.json first, and its load fetches the config on its own, after which an offline cache holds
-half a revision (FACTS 5.1, 5.4). Imports towers, safetensors and huggingface_hub (lazily).
+half a revision (FACTS 5.1, 5.4). Imports base_models, replacing and untrusted;
+huggingface_hub and the card lazily.
 """
 
 from __future__ import annotations

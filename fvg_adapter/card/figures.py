@@ -93,9 +93,10 @@ def _is_sound(results: Any) -> bool:
     if not isinstance(results, Mapping) or not isinstance(results.get("rows"), Mapping):
         return False
     rows, several = results["rows"], results.get("seeds", [])
-    texts = [results.get(name, "") for name in ("ours", "data", "test_split", "foreground")]
+    texts = [results.get(name, "") for name in ("ours", "data", "test_split")]
     return (
         all(isinstance(text, str) and len(text) <= _LONGEST for text in (*texts, *rows))
+        and isinstance(results.get("foreground", ""), str)
         and results.get("ours") in rows
         and len(rows) <= _MOST
         and all(isinstance(row, Mapping) and len(row) <= _MOST for row in rows.values())
