@@ -85,6 +85,7 @@ def look(
     classes: Sequence[str] | None = None,
     maps: str = "relevance",
     layers: Any = (-1,),
+    normal: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> list[Panel]:
     """Where plain CLIP, the tuner and FVG-PT look, what they answer, and how far the gates trust; changes nothing.
 
@@ -96,6 +97,7 @@ def look(
         classes: class names to score; the model's current ones when None.
         maps: "relevance" of each model's own answer, "attention", or "rollout".
         layers: vision layers of attention and relevance, as for `record_attention`.
+        normal: mean and standard deviation that PIL pictures get; those of an FVGModel's config, or CLIP's, when None.
 
     Raises:
         FVGError: no pictures, another number of masks, or an unknown map.
@@ -103,7 +105,7 @@ def look(
     if maps not in MAPS:
         raise FVGError(f"maps is {maps!r}. {nearest(maps, MAPS)}")
     tuner = model.tuner if isinstance(model, FVGModel) else model
-    pixels, mask = _inputs(model, tuner, pictures, masks)
+    pixels, mask = _inputs(model, tuner, pictures, masks, normal)
     with evaluating(model), model.use_classes(list(model.classes) if classes is None else list(classes)):
         names = list(model.classes)
         seen = [("CLIP", *_plain(tuner, pixels, maps, layers))] if tuner.prior_is_clip else []
@@ -236,12 +238,14 @@ def _title(tuner: Tuner) -> str:
     return type(tuner).__name__
 
 
-def _inputs(model: FVGModel | Tuner, tuner: Tuner, pictures: Any, masks: Any) -> tuple[Tensor, Tensor | None]:
+def _inputs(
+    model: FVGModel | Tuner, tuner: Tuner, pictures: Any, masks: Any, normal: Any
+) -> tuple[Tensor, Tensor | None]:
     """Pixels (B, 3, H, W) and masks (B, 1, H, W) as the model sees them."""
     from fvg_adapter.data import PairedTransform
 
     config = getattr(model, "config", None)
-    normal = () if config is None else (config.image_mean, config.image_std)
+    normal = normal or (() if config is None else (config.image_mean, config.image_std))
     device = tuner.encoder.device
     given = None if masks is None or isinstance(masks, str) else masks
     if isinstance(masks, str) and masks != "attention":

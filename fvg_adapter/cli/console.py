@@ -215,6 +215,18 @@ def normalisation(model: str) -> dict[str, Any]:
     return {key: content[key] for key in ("image_mean", "image_std") if content.get(key)}
 
 
+def normal_of(loaded: Any) -> tuple[Any, Any]:
+    """Mean and deviation that a loaded model's pictures need: its FVGConfig's, else its base model's, else CLIP's."""
+    from fvg_adapter.config import CLIP_MEAN, CLIP_STD
+
+    config = getattr(loaded, "config", None)
+    if config is not None:
+        return config.image_mean, config.image_std
+    name = getattr(loaded.encoder.model, "name_or_path", "")
+    found = normalisation(str(name)) if name else {}
+    return found.get("image_mean", CLIP_MEAN), found.get("image_std", CLIP_STD)
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file.
 
