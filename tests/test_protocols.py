@@ -15,6 +15,7 @@ from test_wrapping import assert_same, snapshot
 from transformers import CLIPModel
 
 from fvg_adapter import load
+from fvg_adapter.data.files import HubFiles
 from fvg_adapter.errors import FVGError
 from fvg_adapter.protocols import (
     ABLATION,
@@ -25,6 +26,7 @@ from fvg_adapter.protocols import (
     cross_dataset,
     few_shot,
 )
+from fvg_adapter.runs import settings_of, start_run
 from fvg_adapter.tuners.recipes import Stage
 
 NAMES = ["red fox", "blue bird", "green frog", "old boat"]
@@ -163,3 +165,10 @@ def test_few_shot_and_cross_dataset_keep_an_adapter_with_their_figures(
         assert accuracy == found.rows["coop+fvg"]["accuracy"]
         assert (tmp_path / folder / "picture.png").is_file()
         assert "| **coop+fvg** |" in (tmp_path / folder / "adapter/README.md").read_text("utf-8")
+
+
+def test_a_card_names_the_release_by_its_id(small_clip: CLIPModel, tokenizer: Any) -> None:
+    release = HubFiles.__new__(HubFiles)
+    release.name, release.repo = "the data set repository 'me/pets'", "me/pets"
+    settings = settings_of(start_run(small_clip, tokenizer, "coop", (1,)), release, 4, (1,), "test")
+    assert (settings["data"], settings["from_hub"]) == ("me/pets", True)
