@@ -104,4 +104,4 @@ $(VENV)-tools/.installed:
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-low mutants output build dist site
+	rm -rf $(VENV) $(VENV)-low $(VENV)-tools mutants output build dist site

@@ -158,8 +158,8 @@ def record_attention(
 
     Equal to `output_attentions=True` of an eager model, under any attention implementation. The hooks are gone when
     the block ends, also after an exception. Of several forwards in one block the last one counts; of a tuner or an
-    FVGModel the last of the tuned passes, not the one of the plain CLIP beside it. Projections with dropout of their
-    own (LoRA in training mode) are drawn once more for the map.
+    FVGModel the last of the tuned passes, not the one of the plain CLIP beside it, nor the one over an attended view's
+    cut-out. Projections with dropout of their own (LoRA in training mode) are drawn once more for the map.
 
     Args:
         model: CLIPModel or another supported dual encoder, its vision tower, a PeftModel around one, a tuner or an

@@ -9,9 +9,8 @@ Beside it: D_fg, and the share of attention and of class relevance inside the ma
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,6 +25,7 @@ from fvg_adapter.errors import FVGError
 from fvg_adapter.features import attention_in_mask
 from fvg_adapter.foreground import foreground_view, mask_area, prepare_mask, usable_mask
 from fvg_adapter.model import FVGModel, answer_score
+from fvg_adapter.modes import evaluating
 from fvg_adapter.progress import Progress, counting
 from fvg_adapter.tuners.base import Tuner, check_labels
 
@@ -163,7 +163,7 @@ def audit(
     parts: list[dict[str, Tensor]] = []
     done = 0
     bar = counting(progress, "auditing", len(dataset))
-    with _as_found(model), model.use_classes(names), bar as tell:
+    with evaluating(model), model.use_classes(names), bar as tell:
         branch = model.branch_for("auto") if isinstance(model, FVGModel) else "tuner"
         for items, *others in DataLoader(pairs, batch_size, collate_fn=_collate_pairs):
             check_labels(items["labels"], len(names), len(items["pixel_values"]))
@@ -370,14 +370,3 @@ def _known(value: Any) -> Any:
 def _mean(values: list[float]) -> float:
     known = [v for v in values if v == v]
     return sum(known) / len(known) if known else float("nan")
-
-
-@contextlib.contextmanager
-def _as_found(model: FVGModel | Tuner) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -6,8 +6,7 @@ METHOD.md sections 6, 8 and 11. Images are encoded once; every figure is worked 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from fvg_adapter import losses as L
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.features import FeatureBank
 from fvg_adapter.model import FVGModel
+from fvg_adapter.modes import evaluating
 from fvg_adapter.tuners.base import Tuner, check_labels
 from fvg_adapter.tuners.prompts import plain
 
@@ -79,7 +79,7 @@ def evaluate(
     shared = sorted({plain(n) for n in names[0]} & {plain(n) for n in names[1]})
     if shared:
         raise FVGError(f"base_set and new_set share the classes {shared[:5]}; split them with base_new_split.")
-    with _as_found(model):
+    with evaluating(model):
         banks = [_bank(model, data, batch_size) for data in (base_set, new_set)]
         for bank, classes in zip(banks, names, strict=True):
             check_labels(torch.tensor(bank.labels), len(classes), len(bank))
@@ -139,7 +139,7 @@ def score(
     if branch not in _BRANCHES:
         raise FVGError(f"branch {branch!r} is unknown. {nearest(branch, _BRANCHES)}")
     names = _classes_of(data, "data")
-    with _as_found(model):
+    with evaluating(model):
         bank = _bank(model, data, batch_size)
         check_labels(torch.tensor(bank.labels), len(names), len(bank))
         found = _scored(model, bank, names, branch, groups)
@@ -251,17 +251,6 @@ def _bank(model: FVGModel | Tuner, data: Any, batch_size: int) -> FeatureBank:
             )
         return data
     return FeatureBank.encode(model, data, batch_size=batch_size, measure=True)
-
-
-@contextlib.contextmanager
-def _as_found(model: FVGModel | Tuner) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _classes_of(data: Any, what: str) -> list[str]:

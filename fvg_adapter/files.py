@@ -10,6 +10,7 @@ from typing import Any
 CONFIG_FILE = "config.json"
 TUNER_FILE = "tuner.safetensors"
 HEADS_FILE = "fvg_heads.safetensors"
+PEFT_FILES = ("lora/adapter_config.json", "lora/adapter_model.safetensors")
 CARD_FILE = "README.md"
 PICTURE_FILE = "attention.png"
 

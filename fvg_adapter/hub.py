@@ -11,8 +11,8 @@ from torch import nn
 
 from fvg_adapter.errors import FVGError
 from fvg_adapter.model import FVGModel
-from fvg_adapter.replacing import replacing
-from fvg_adapter.storage import load_any, loads_kind, read_config, read_tensors
+from fvg_adapter.replacing import read_whole, replacing, settle
+from fvg_adapter.storage import load_any, loads_kind, read, read_config
 from fvg_adapter.tuners.base import Tuner
 
 
@@ -64,9 +64,10 @@ def update_card(
     from fvg_adapter.card.saving import add_card
 
     target = Path(folder)
-    config = read_config(target)
     given = {"results": results, "picture": picture, "dataset": dataset, "license": license}
     try:
+        settle(target)
+        config = read_config(target)
         with replacing(target) as new:
             before = config.pop("about", None)
             add_card(new, config, target, weights_in=target, before=before, **given)
@@ -93,7 +94,11 @@ def push_folder(folder: str | os.PathLike[str], repo_id: str, **options: Any) ->
     from fvg_adapter.publishing import publish
 
     source = Path(folder)
-    read_tensors(source, read_config(source))  # what would be refused on loading is not pushed
+    try:
+        settle(source)
+    except OSError as error:
+        raise FVGError(f"what a killed save left in {source} could not be finished: {error}.") from error
+    read_whole(source, read)  # what would be refused on loading is not pushed
     return publish(source, repo_id, **options)
 
 

@@ -28,6 +28,8 @@ from fvg_adapter.data.watch import looks_inverted
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.launched import Processes
 from fvg_adapter.mask_makers import Maker
+from fvg_adapter.replacing import others_in, written
+from fvg_adapter.untrusted import read_json
 
 FORMATS = ("png", "jpg")
 PLAN = "masks.json"
@@ -150,8 +152,8 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
     file = folder / PLAN
     if file.exists():
         try:
-            found = json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            found = read_json(file, "what the masks were made with")
+        except FVGError as error:
             raise FVGError(f"{file} cannot be read ({error}); remove it and the masks beside it.") from error
         if found != plan:
             names = sorted(n for n in {*found, *plan} if found.get(n) != plan.get(n))
@@ -160,13 +162,14 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
                 f"{folder} holds masks that were made with {said}; give another --output, or remove the folder."
             )
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and others_in(folder):
         raise FVGError(
             f"{folder} is not empty and holds no {PLAN} of an earlier run, so its files are somebody else's; give "
             "another --output (MaskedImageFolder reads it with mask_root=…), or move them away."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    _whole(file, lambda part: part.write_text(json.dumps(plan, indent=1, ensure_ascii=False) + "\n", "utf-8"))
+    with written(file) as part:
+        part.write_text(json.dumps(plan, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _jobs(datasets: Sequence[MaskedImageFolder], root: Path, folder: Path, format: str) -> list[_Job]:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from PIL.Image import Image as PILImage
 
 from fvg_adapter.data import MaskedImageFolder
+from fvg_adapter.replacing import written
 
 _SIDE, _CAPTION, _COLUMNS, _GAP = 132, 26, 8, 4
 _OUTLINE = (228, 0, 124)
@@ -61,9 +62,8 @@ def contact_sheet(
         pen.text((left, top + _SIDE), _plain(label), fill="black")
         pen.text((left, top + _SIDE + 12), f"{doubt}{100 * area:.1f} %", fill=_OUTLINE if doubt else "black")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    page.save(part, "PNG")
-    part.replace(path)
+    with written(path) as file:
+        page.save(file, "PNG")
     return path
 
 

@@ -5,16 +5,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fvg_adapter.attention import record_attention
@@ -23,7 +23,7 @@ from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.features import attention_in_mask
 from fvg_adapter.foreground import attention_mask_from_map, mask_area, prepare_mask
 from fvg_adapter.model import FVGModel, answer_score
-from fvg_adapter.modes import full_precision
+from fvg_adapter.modes import evaluating, full_precision
 from fvg_adapter.tuners.base import Tuner
 from fvg_adapter.tuners.passes import untouched
 from fvg_adapter.visualize import overlay
@@ -85,17 +85,19 @@ def look(
     classes: Sequence[str] | None = None,
     maps: str = "relevance",
     layers: Any = (-1,),
+    normal: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> list[Panel]:
     """Where plain CLIP, the tuner and FVG-PT look, what they answer, and how far the gates trust; changes nothing.
 
     Args:
         model: an FVGModel, or a tuner alone.
         pictures: a PIL picture, several, or normalised pixels (B, 3, H, W).
-        masks: a mask for each picture (PIL, or (B, 1, H, W) of 0 and 1), "attention" for the model's own, or None.
-            A mask is cropped as its picture is.
+        masks: a mask for each picture (PIL, or (B, 1, H, W) of 0 and 1), "attention" for the model's own (of the
+            layers and threshold of an FVGModel's config), or None. A mask is cropped as its picture is.
         classes: class names to score; the model's current ones when None.
         maps: "relevance" of each model's own answer, "attention", or "rollout".
         layers: vision layers of attention and relevance, as for `record_attention`.
+        normal: mean and standard deviation that PIL pictures get; those of an FVGModel's config, or CLIP's, when None.
 
     Raises:
         FVGError: no pictures, another number of masks, or an unknown map.
@@ -103,8 +105,8 @@ def look(
     if maps not in MAPS:
         raise FVGError(f"maps is {maps!r}. {nearest(maps, MAPS)}")
     tuner = model.tuner if isinstance(model, FVGModel) else model
-    pixels, mask = _inputs(model, tuner, pictures, masks)
-    with _evaluating(model), model.use_classes(list(model.classes) if classes is None else list(classes)):
+    pixels, mask = _inputs(model, tuner, pictures, masks, normal)
+    with evaluating(model), model.use_classes(list(model.classes) if classes is None else list(classes)):
         names = list(model.classes)
         seen = [("CLIP", *_plain(tuner, pixels, maps, layers))] if tuner.prior_is_clip else []
         if tuner.kind != "zero_shot":
@@ -113,9 +115,13 @@ def look(
         if isinstance(model, FVGModel):
             seen.append(("FVG-PT", *_looked(model, pixels, maps, layers)))
         if masks == "attention":
-            with torch.no_grad(), record_attention(tuner, layers) as record:
+            asked, threshold = layers, 1.0
+            if isinstance(model, FVGModel):  # as in training
+                asked, threshold = model.config.attention_layers, model.config.attention_threshold
+            with torch.no_grad(), record_attention(tuner, asked) as record:
                 tuner.image_features(pixels)
-            mask = attention_mask_from_map(record.attention().mean((1, 2)), (pixels.shape[-2], pixels.shape[-1]))
+            size = (pixels.shape[-2], pixels.shape[-1])
+            mask = attention_mask_from_map(record.attention().mean((1, 2)), size, threshold=threshold)
         if isinstance(model, FVGModel):
             with torch.no_grad():
                 output = model(pixels, foreground_mask=mask, branch="new")  # b is asked there, whichever answers
@@ -189,9 +195,9 @@ def draw(
     from PIL import Image
 
     columns = 1 + len(found[0].views)
-    figure, axes = plt.subplots(
-        len(found), columns, figsize=(2.9 * columns, 3.5 * len(found) + 0.5), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(2.9 * columns, 3.5 * len(found) + 0.5), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(len(found), columns, squeeze=False)
     for row, panel in enumerate(found):
         mean, std = normal
         shown: list[tuple[Any, str, str, str]] = []
@@ -215,11 +221,8 @@ def draw(
             for side in axis.spines.values():
                 side.set_visible(False)
     figure.supxlabel(SAID[maps] + _gates_said(found), fontsize=8, color="#444444")
-    figure.canvas.draw()
-    buffer = figure.canvas.buffer_rgba()
-    drawing = Image.frombuffer("RGBA", figure.canvas.get_width_height(), bytes(buffer)).convert("RGB")
-    plt.close(figure)
-    return drawing
+    canvas.draw()
+    return Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
 
 
 def _gates_said(found: Sequence[Panel]) -> str:
@@ -235,12 +238,14 @@ def _title(tuner: Tuner) -> str:
     return type(tuner).__name__
 
 
-def _inputs(model: FVGModel | Tuner, tuner: Tuner, pictures: Any, masks: Any) -> tuple[Tensor, Tensor | None]:
+def _inputs(
+    model: FVGModel | Tuner, tuner: Tuner, pictures: Any, masks: Any, normal: Any
+) -> tuple[Tensor, Tensor | None]:
     """Pixels (B, 3, H, W) and masks (B, 1, H, W) as the model sees them."""
     from fvg_adapter.data import PairedTransform
 
     config = getattr(model, "config", None)
-    normal = () if config is None else (config.image_mean, config.image_std)
+    normal = normal or (() if config is None else (config.image_mean, config.image_std))
     device = tuner.encoder.device
     given = None if masks is None or isinstance(masks, str) else masks
     if isinstance(masks, str) and masks != "attention":
@@ -297,13 +302,3 @@ def _recorded(model: nn.Module, pixels: Tensor, maps: str, layers: Any, logits_o
         else:
             found = record.rollout() if maps == "rollout" else record.attention().mean((1, 2))
     return logits.detach(), found.detach()
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    mode = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(mode)

@@ -14,10 +14,11 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from fvg_adapter.base_models import hub_errors
-from fvg_adapter.card import header_problem, is_edited, make_card, read_card
+from fvg_adapter.card import header_problem, is_edited, make_card, read_card, sound_about
 from fvg_adapter.card.saving import tell_kept
 from fvg_adapter.errors import FVGError
-from fvg_adapter.files import CARD_FILE, CONFIG_FILE, HEADS_FILE, PICTURE_FILE, TUNER_FILE
+from fvg_adapter.files import CARD_FILE, CONFIG_FILE, HEADS_FILE, PEFT_FILES, PICTURE_FILE, TUNER_FILE
+from fvg_adapter.untrusted import read_json, sha256_of
 
 ATTEMPTS = 5
 """How often a push starts over because another one came in between."""
@@ -41,10 +42,7 @@ def publish(
     card: str | os.PathLike[str] | None = None,
 ) -> str:
     """Uploads our files of a folder; `Pretrained.push_to_hub` explains the arguments, what it returns and raises."""
-    config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-    config["base_model"].pop("path", None)  # of this machine
-    if not (folder / PICTURE_FILE).is_file():  # taken out of the folder by a person
-        (config.get("about") or {}).pop("picture", None)
+    config = config_to_push(folder)
     given = None if card is None else _given(Path(card))
     mine = read_card(folder / CARD_FILE)
     try:
@@ -80,13 +78,23 @@ def publish(
     raise AssertionError("every attempt returns or raises")
 
 
+def config_to_push(folder: Path) -> dict[str, Any]:
+    """config.json of a saved folder without what belongs to this machine, or to nobody."""
+    config = read_json(folder / CONFIG_FILE, "a config")
+    config["base_model"].pop("path", None)  # of this machine
+    about, picture = sound_about(config.get("about")), folder / PICTURE_FILE
+    if not picture.is_file() or sha256_of(picture) != about.get("picture"):  # taken away, or not the card's
+        about.pop("picture", None)
+    config["about"] = about
+    return config
+
+
 def _operations(folder: Path, config: Mapping[str, Any], card: str | None) -> list[Any]:
     """What the commit adds: our files alone, whatever else lies in the folder. The client drops what is unchanged."""
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     added = {CONFIG_FILE: text.encode()} | ({} if card is None else {CARD_FILE: card.encode()})
     pictures = [PICTURE_FILE] if (config.get("about") or {}).get("picture") else []
-    files = [folder / name for name in (TUNER_FILE, HEADS_FILE, *pictures)]
-    files += sorted((folder / "lora").glob("*"))
+    files = [folder / name for name in (TUNER_FILE, HEADS_FILE, *PEFT_FILES, *pictures)]
     operations = [CommitOperationAdd(p.relative_to(folder).as_posix(), p) for p in files if p.is_file()]
     return operations + [CommitOperationAdd(name, content) for name, content in added.items()]
 

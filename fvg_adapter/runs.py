@@ -23,6 +23,7 @@ from torch import nn
 from fvg_adapter import costs
 from fvg_adapter.config import FVGConfig
 from fvg_adapter.data.controls import OtherMasks
+from fvg_adapter.data.files import HubFiles
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.evaluation import evaluate, score
 from fvg_adapter.features import FeatureBank
@@ -377,8 +378,10 @@ def _keep(run: Run, model: FVGModel, split: Split, results: Results, folder: Pat
 def settings_of(run: Run, data: Source, shots: int, seeds: Sequence[int], test_split: str) -> dict[str, Any]:
     """What was run, for `Results.settings`."""
     return {
-        "data": getattr(data, "name", str(data)),
-        "from_hub": isinstance(data, (str, os.PathLike)) and not Path(data).expanduser().exists(),
+        "data": data.repo if isinstance(data, HubFiles) else getattr(data, "name", str(data)),
+        "from_hub": not Path(data).expanduser().exists()
+        if isinstance(data, (str, os.PathLike))
+        else isinstance(data, HubFiles),
         "tuner": run.tuner.kind,
         "tuner_options": run.options,
         "shots": shots,

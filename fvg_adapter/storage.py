@@ -2,7 +2,8 @@
 
 Below the tuners, so that every tuner can save itself; `hub.load` dispatches on what was saved. `ModelHubMixin` was not
 used: its save deletes config.json first, and its load fetches the config on its own, after which an offline cache holds
-half a revision (FACTS 5.1, 5.4). Imports towers, safetensors and huggingface_hub (lazily).
+half a revision (FACTS 5.1, 5.4). Imports base_models, replacing and untrusted;
+huggingface_hub and the card lazily.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from fvg_adapter.base_models import check_base_model, hub_errors, load_base_model, load_tokenizer, refuse_path
 from fvg_adapter.errors import FVGError, closest, nearest
-from fvg_adapter.files import CONFIG_FILE, HEADS_FILE, TUNER_FILE
+from fvg_adapter.files import CONFIG_FILE, HEADS_FILE, PEFT_FILES, TUNER_FILE
 from fvg_adapter.replacing import read_whole, replacing
 from fvg_adapter.untrusted import OTHER_FILE, TensorFile, read_json, sha256_of, shapes_of
 
@@ -39,9 +40,8 @@ _TEXTS = {
     "tuner": ("kind",),
     "base_model": ("id", "revision", "path", "tokenizer", "class"),
 }
-_BESIDE = ("lora/adapter_config.json", "lora/adapter_model.safetensors")
-"""PEFT's files, which the config gives the hash of too (from 0.1 on; files without it are read all the same)."""
-_PATTERNS = [CONFIG_FILE, TUNER_FILE, HEADS_FILE, *_BESIDE]
+_PATTERNS = [CONFIG_FILE, TUNER_FILE, HEADS_FILE, *PEFT_FILES]
+"""The config gives the hashes of all others; of PEFT's from 0.1 on, files without it are read all the same."""
 
 Self = TypeVar("Self", bound="Pretrained")
 
@@ -123,7 +123,7 @@ class Pretrained:
                     hashes[name] = sha256_of(folder / name)
                 self.save_beside(folder)
                 beside = (path for path in sorted(folder.rglob("*")) if path.is_file())
-                hashes |= {n: sha256_of(p) for p in beside if (n := p.relative_to(folder).as_posix()) in _BESIDE}
+                hashes |= {n: sha256_of(p) for p in beside if (n := p.relative_to(folder).as_posix()) in PEFT_FILES}
                 config = {
                     "format": FORMAT,
                     "format_version": FORMAT_VERSION,
@@ -403,7 +403,7 @@ def read_tensors(
     """
     tensors: dict[str, Mapping[str, Tensor]] = {}
     for name, digest in config["sha256"].items():
-        if name not in (TUNER_FILE, HEADS_FILE, *_BESIDE):
+        if name not in (TUNER_FILE, HEADS_FILE, *PEFT_FILES):
             raise FVGError(
                 f"{folder / CONFIG_FILE} lists a file {name!r}; only {TUNER_FILE}, {HEADS_FILE} and PEFT's in lora/ "
                 "belong to it."

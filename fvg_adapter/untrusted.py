@@ -12,13 +12,15 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import re
 import struct
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +38,8 @@ MAX_TENSOR_BYTES = 2**29
 SMALL_BYTES = 2**24
 """A tensor up to this size is made on a config's word, so that all that does not fit can be named together."""
 MAX_DEPTH = 32
+_KEEPS_REPLACED = os.name == "posix"
+"""Whether an open file outlives its replacement; Windows would refuse to replace it."""
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1}
 FLOATS: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
 
@@ -247,11 +251,16 @@ class TensorFile(Mapping[str, Tensor]):
         self._path, self._digest = path, digest
         self._tensors: dict[str, Tensor] | None = None
         self._content: bytes | None = None
+        self._file: BinaryIO | None = None
         if self.header.bytes <= SMALL_BYTES:  # kept, so that a writer may replace the file meanwhile
             self._content = read_bytes(path, SMALL_BYTES + MAX_HEADER_BYTES + 8, "a safetensors file")
             self._compare(hashlib.sha256(self._content).hexdigest())
-        elif digest is not None:
-            self._compare(sha256_of(path))
+        else:
+            if _KEEPS_REPLACED:
+                self._file = path.open("rb")
+                weakref.finalize(self, self._file.close)
+            if digest is not None:
+                self._compare(sha256_of(path))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.header.shapes:
@@ -259,10 +268,18 @@ class TensorFile(Mapping[str, Tensor]):
         if self._tensors is None:
             content, self._content = self._content, None
             if content is None:
-                content = read_bytes(self._path, MAX_TENSOR_BYTES + MAX_HEADER_BYTES + 8, "a safetensors file")
+                content = self._read()
                 self._compare(hashlib.sha256(content).hexdigest())
             self._tensors = parse_tensors(content, self._path)
         return self._tensors[name]
+
+    def _read(self) -> bytes:
+        """A large file, also where a writer has put another in its place: the open one is still the one of then."""
+        limit = MAX_TENSOR_BYTES + MAX_HEADER_BYTES + 8
+        if self._file is None or self._file.closed:
+            return read_bytes(self._path, limit, "a safetensors file")
+        with self._file as file:
+            return file.read(min(limit, os.fstat(file.fileno()).st_size))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.header.shapes)

@@ -28,6 +28,7 @@ from fvg_adapter.foreground import (
 )
 from fvg_adapter.modes import full_precision
 from fvg_adapter.tuners.base import Tuner
+from fvg_adapter.tuners.passes import beside
 
 Source = str | ForegroundSource
 
@@ -216,7 +217,8 @@ class ViewEncoder:
             view = zoom_on_mask(view, mask, config.attended_margin)
         usable = usable_mask(mask_area(mask), config.usable_area).view(-1, 1, 1, 1)
         view = torch.where(usable, view, pixels)
-        base, new = self.tuner.branch_image_features(view)
+        with beside():  # a recorded map is one of the whole picture
+            base, new = self.tuner.branch_image_features(view)
         prior = None if views.prior is None else self._prior(new, view)
         return replace(views, attended=base, attended_new=new, attended_prior=prior)
 

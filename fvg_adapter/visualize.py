@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg", force=False)
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure  # and not pyplot, whose backend and open figures are the user's
 from torch import Tensor
 
 from fvg_adapter.config import CLIP_MEAN, CLIP_STD
 from fvg_adapter.errors import FVGError
 from fvg_adapter.features import attention_in_mask
 from fvg_adapter.model import FVGModel
+from fvg_adapter.modes import evaluating
 from fvg_adapter.replacing import written
 
 _WRONG, _RIGHT = "#b3261e", "#1b6e3c"
@@ -99,31 +98,18 @@ def before_after(
     sets = [s for s in (base_set, new_set) if s is not None]
     per_set = max(1, pictures // len(sets))
     columns = [(s, i) for s in sets for i in _spread(len(s), per_set)]
-    figure, axes = plt.subplots(
-        3,
-        len(columns),
-        figsize=(2.5 * len(columns), 7.0),
-        squeeze=False,
-        layout="constrained",
-        height_ratios=(3, 3, 1.1),
-    )
-    mode = model.training
-    model.eval()
-    try:
+    figure = Figure(figsize=(2.5 * len(columns), 7.0), layout="constrained")
+    axes: Any = figure.subplots(3, len(columns), squeeze=False, height_ratios=(3, 3, 1.1))
+    with evaluating(model):
         for column, (data, index) in enumerate(columns):
             _column(axes[:, column], model, data, index, "base" if data is base_set else "new")
-    finally:
-        model.train(mode)
     figure.suptitle(
         "Foreground outlined; the tuner's attention below; answers of CLIP, the tuner and FVG-PT", fontsize=11
     )
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with written(target) as file:
-            figure.savefig(file, dpi=110)
-    finally:
-        plt.close(figure)
+    with written(target) as file:
+        figure.savefig(file, dpi=110)
     return target
 
 

@@ -22,8 +22,10 @@ from fvg_adapter import FVGModel, load, wrap
 from fvg_adapter.card import is_edited, make_card
 from fvg_adapter.card.figures import shown
 from fvg_adapter.errors import FVGError
-from fvg_adapter.hub import update_card
+from fvg_adapter.hub import push_folder, update_card
 from fvg_adapter.protocols import Results
+from fvg_adapter.publishing import _operations, config_to_push
+from fvg_adapter.replacing import WHOLE
 from fvg_adapter.tuners import TUNERS, CoOp, External, ZeroShot
 
 ROWS = {
@@ -301,6 +303,49 @@ def test_a_broken_header_is_kept_with_a_warning(model: FVGModel, tmp_path: Path,
     assert (tmp_path / "a/README.md").read_bytes() == b"\xff\xfe mine"
 
 
+@pytest.mark.parametrize("what", ["update_card", "push_folder"])
+def test_what_a_killed_save_left_counts(
+    what: str, model: FVGModel, small_clip: CLIPModel, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new version was whole, none of its files in its place yet."""
+    folder = model.save_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        model.visual_adapter.down.weight.add_(1.0)
+    new = model.save_pretrained(tmp_path / "b").rename(folder / WHOLE)
+    wanted = (new / "fvg_heads.safetensors").read_bytes()
+    pushed: list[bytes] = []
+    monkeypatch.setattr(
+        "fvg_adapter.publishing.publish", lambda f, *_: pushed.append((f / "fvg_heads.safetensors").read_bytes())
+    )
+    if what == "update_card":
+        update_card(folder, license="mit")
+        assert card_in(folder).data.license == "mit"
+    else:
+        push_folder(folder, "me/x")
+        assert pushed == [wanted]
+    assert (folder / "fvg_heads.safetensors").read_bytes() == wanted and not (folder / WHOLE).exists()
+    model.tuner.detach()
+    loaded = load(folder, clip=small_clip, tokenizer=tokenizer)
+    assert isinstance(loaded, FVGModel)
+    assert torch.equal(loaded.visual_adapter.down.weight, model.visual_adapter.down.weight)
+
+
+def test_nothing_else_of_a_folder_goes_to_the_hub(model: FVGModel, tmp_path: Path) -> None:
+    """Links in a folder from elsewhere would publish what they lead to."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "drawn.png")
+    folder = model.save_pretrained(tmp_path / "a", picture=tmp_path / "drawn.png")
+    secret = tmp_path / "secret"
+    secret.write_text("a token")
+    (folder / "lora").mkdir()
+    for link in (folder / "lora/notes.txt", folder / "attention.png"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(secret)
+    config = config_to_push(folder)
+    assert "picture" not in config["about"]
+    files = {operation.path_in_repo for operation in _operations(folder, config, None)}
+    assert files == {"config.json", "tuner.safetensors", "fvg_heads.safetensors"}
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +383,10 @@ def test_a_config_from_elsewhere_may_tell_anything(
     weights, results = config["about"]["weights"], config["about"]["results"]
     odd: list[Any] = [[], "text", {"results": 3}, {"results": {**results, "ours": "nobody"}}]
     odd += [{"results": {**results, "rows": {"coop+fvg": {"base": "many"}}}}, {"results": {**results, "seeds": 3}}]
+    link = "<img src=x> [here](https://example.org)"
+    odd += [{"results": {**results, **told}} for told in ({"ours": []}, {"seeds": [link]}, {"shots": link})]
+    odd += [{"results": {**results, "rows": {**results["rows"], "more": {"base": [10**400]}}}}]
+    odd += [{"results": {**results, "rows": {**results["rows"], **{str(i): {} for i in range(1000)}}}}]
     odd += [{"license": "mit\nevil: yes", "dataset": "a/b/c", "picture": "../../etc"}, {"dataset": ["x"]}]
     for about in odd:
         told = {**about, "weights": weights} if isinstance(about, dict) else about
@@ -347,6 +396,29 @@ def test_a_config_from_elsewhere_may_tell_anything(
         loaded.tuner.detach()
         card = card_in(tmp_path / "b")
         assert "No figures came" in card.text and card.data.license == "unknown" and "evil" not in str(card)
+
+
+def test_names_make_no_links(model: FVGModel) -> None:
+    config: dict[str, Any] = {**model.pretrained_config(), "versions": {"torch": "[x](https://example.org)"}}
+    config["classes"] = ["![pixel](https://example.org/a.png)", "a\n\n# b"]
+    config["base_model"] = {"id": "me/x", "revision": "`[y](https://example.org)", "class": "CLIPModel"}
+    rows = {"coop+fvg": {"base": [1.0], "new": [1.0]}, "[z](https://example.org)": {"base": [1.0], "new": [1.0]}}
+    config["about"] = {"results": {"rows": rows, "ours": "coop+fvg"}}
+    text = make_card(config).partition("## Citation")[0]
+    outside = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    assert "](https://example.org" not in outside and "\n# b" not in text
+
+
+def test_figures_of_one_list_of_classes(model: FVGModel, tmp_path: Path) -> None:
+    """What few-shot and cross-dataset runs have: accuracy alone."""
+    rows = {"clip": {"accuracy": [40.0]}, "coop": {"accuracy": [50.0]}, "coop+fvg": {"accuracy": [52.5]}}
+    rows["coop+fvg [x_fg=x]"] = {"accuracy": [52.0]}
+    results = Results(rows=rows, settings=SETTINGS, cost={"coop+fvg": {"parameters": [3.0]}})
+    card = card_in(model.save_pretrained(tmp_path / "a", results=results))
+    assert "| model | accuracy |\n" in card.text and "| **coop+fvg** | 52.5 |" in card.text
+    assert "**Here: accuracy +0.5 points.**" in card.text and "harmonic" not in card.text
+    assert "first half" not in card.text
+    assert [r.metric_name for r in card.data.eval_results] == ["accuracy, percent"]
 
 
 def test_a_pickle_in_place_of_safetensors(

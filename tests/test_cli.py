@@ -24,8 +24,10 @@ from typer.testing import CliRunner
 import fvg_adapter
 from conftest import GOLDEN, small_config
 from fvg_adapter.cli import app
-from fvg_adapter.cli.console import printable
+from fvg_adapter.cli.console import load_base, printable
+from fvg_adapter.data import PairedTransform
 from fvg_adapter.errors import FVGError
+from fvg_adapter.tuners import ZeroShot
 
 CLASSES = ["apple", "hot-air balloon", "cat", "dog"]
 HERE = ("--device", "cpu", "--threads", "1")
@@ -200,6 +202,42 @@ def test_pixels_are_normalised_as_the_model_says(base: Path, data: Path, tmp_pat
     assert (config["image_mean"], config["image_std"]) == ([0.5] * 3, [0.25] * 3)
     saved = fvg_adapter.load(tmp_path / "run" / "adapter")
     assert saved.config.image_mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("command", ["audit", "show", "eval", "predict"])
+def test_pictures_of_a_model_without_heads_are_normalised_as_its_base_says(
+    command: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, seen = tmp_path / "half", []
+    shutil.copytree(base, half)
+    (half / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+
+    def noted(self: PairedTransform, size: Any, mean: Any = None, std: Any = None, **options: Any) -> None:
+        seen.append((list(mean), list(std)))
+        raise FVGError("that is enough")
+
+    clip, tokenizer = load_base(str(half), "cpu")
+    saved = ZeroShot(clip, tokenizer, ["a", "b"]).save_pretrained(tmp_path / "saved")
+    monkeypatch.setattr(PairedTransform, "__init__", noted)
+    picture = next((data / "test").rglob("*.png"))
+    more = {"show": (half, picture, "--plain", "--classes", "a,b"), "audit": (half, data, "--plain")}
+    told = more.get(command, (saved, data if command == "eval" else picture))
+    result = run(command, *told, *(("--output", tmp_path / "a.png") if command == "show" else ()))
+    assert "that is enough" in result.stderr and seen == [([0.5] * 3, [0.25] * 3)]
+
+
+def test_info_of_odd_files_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/config.json").write_text("[" * 100_000)
+    result = run("info", tmp_path / "deep")
+    assert result.exit_code == 2 and "unexpected" not in result.stderr
+    (tmp_path / "deep/config.json").write_text('{"model_type": "clip", "vision_config": "large"}')
+    assert "a base model, not an adapter" in run("info", tmp_path / "deep").stdout
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/trainer_state.json").write_text("{}")
+    (tmp_path / "run/model.safetensors").write_bytes(b"torn")
+    result = run("info", tmp_path / "run")
+    assert result.exit_code == 2 and "no whole safetensors file" in result.stderr
 
 
 def test_a_second_run_starts_from_the_bank(base: Path, data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from typer.testing import CliRunner
 from fvg_adapter import FVGModel, record_attention, wrap
 from fvg_adapter.cli import app
 from fvg_adapter.errors import FVGError
+from fvg_adapter.foreground import attention_mask_from_map
 from fvg_adapter.panels import SAID, look, panels
 from fvg_adapter.tuners import MMRL, CoOp, External, PromptSRC, ZeroShot
+from fvg_adapter.visualize import before_after
 
 NAMES = ["cat", "dog", "car"]
 OPTIONS: dict[Any, dict[str, Any]] = {
@@ -140,6 +144,38 @@ def test_one_call_draws(small_clip: CLIPModel, tokenizer: Any, tmp_path: Path) -
     assert panel.mask is not None and panel.foreground_trust is not None
     assert look(model, picture)[0].foreground_trust is None
     assert "relevance" not in SAID["relevance"].split(":")[1] and "tells them apart" in SAID["attention"]
+
+
+def test_the_models_own_mask_is_that_of_its_training(small_clip: CLIPModel, tokenizer: Any, pixels: Tensor) -> None:
+    model = made(CoOp, small_clip, tokenizer)
+    model.config.attention_layers, model.config.attention_threshold = (0,), 1.4
+    with record_attention(model, [0]) as record:
+        model(pixels)
+    wanted = attention_mask_from_map(record.attention().mean((1, 2)), (32, 32), threshold=1.4)
+    for panel, mask in zip(look(model, pixels, "attention", maps="attention"), wanted, strict=True):
+        assert panel.mask is not None and torch.equal(panel.mask, mask)
+
+
+def test_the_users_figures_and_backend_are_left_alone(
+    small_clip: CLIPModel, tokenizer: Any, pixels: Tensor, tmp_path: Path
+) -> None:
+    code = """
+import sys, matplotlib
+matplotlib.use("svg")
+import fvg_adapter.panels, fvg_adapter.visualize, fvg_adapter.reports
+assert matplotlib.get_backend() == "svg" and "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    model = made(CoOp, small_clip, tokenizer).train()
+    model.foreground_gate.eval()
+    items = [{"pixel_values": picture, "labels": i % 3} for i, picture in enumerate(pixels)]
+    before_after(model, Listed(items), tmp_path / "a.png", pictures=2)
+    assert panels(model, pixels[:1]).size[0] > 300
+    assert model.visual_adapter.training and not model.foreground_gate.training
+
+
+class Listed(list[Any]):
+    classes = NAMES
 
 
 def test_mistakes(small_clip: CLIPModel, tokenizer: Any, pixels: Tensor) -> None:

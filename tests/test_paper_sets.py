@@ -187,7 +187,13 @@ def test_lists_that_contradict_themselves(tmp_path: Path) -> None:
     ):
         with_row(row)
         told(lambda: open_paper_set(root, "OxfordPets", "train"), text)
-    for content in ("{", "[]", '{"train": []}', "\udcff".encode("utf-8", "surrogateescape").decode("latin1")):
+    for content in (
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"train": []}',
+        "\udcff".encode("utf-8", "surrogateescape").decode("latin1"),
+    ):
         file.write_text(content, encoding="latin1")
         told(lambda: open_paper_set(root, "OxfordPets", "train"), "split_zhou_OxfordPets.json")
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from conftest import CLASSES, NEW_CLASSES
-from fvg_adapter import FeatureBank, FVGConfig, FVGModel, evaluate, load, wrap
+from fvg_adapter import FeatureBank, FVGConfig, FVGModel, evaluate, load, record_attention, wrap
 from fvg_adapter import losses as L
 from fvg_adapter.attended import blend, zoom_on_mask
 from fvg_adapter.config import PRESETS
 from fvg_adapter.errors import FVGError
 from fvg_adapter.foreground import attention_mask_from_map
+from fvg_adapter.model import answer_score
 from fvg_adapter.tuners import TUNERS
 
 PLUS = {"preset": "plus", "attention_threshold": 1.0}
@@ -179,6 +180,26 @@ def test_inference_against_one_picture_at_a_time(model: FVGModel, pixels: Tensor
         for branch, logits in found.items():
             close(logits, model(features=plain, branch=branch).logits, 1e-3)
             assert not torch.allclose(logits, model(pixels, branch=branch).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("flow", [{}, {"rollout": True}, {"relevance": True}])
+def test_what_is_recorded_is_the_whole_picture_and_not_the_cut_out(
+    model: FVGModel, pixels: Tensor, flow: dict[str, bool]
+) -> None:
+    with record_attention(model.tuner, **flow) as alone, torch.set_grad_enabled("relevance" in flow):
+        model.tuner(pixels.clone().requires_grad_("relevance" in flow))
+    with record_attention(model, **flow) as recorded, torch.set_grad_enabled("relevance" in flow):
+        output = model(pixels.clone().requires_grad_("relevance" in flow))
+    close(recorded.attention(), alone.attention(), 1e-6)
+    if "rollout" in flow:
+        close(recorded.rollout(), alone.rollout(), 1e-6)
+    if "relevance" in flow:  # in the frame of the picture: what the whole picture's pass gave to the blended features
+        found = recorded.relevance(answer_score(model, output))
+        model.config.attended_view = 1e-9
+        with record_attention(model, relevance=True) as recorded:
+            output = model(pixels.clone().requires_grad_())
+        whole = recorded.relevance(answer_score(model, output))
+        assert float(F.cosine_similarity(found.flatten(1), whole.flatten(1)).mean()) > 0.5
 
 
 def test_training_never_sees_the_attended_view(model: FVGModel, pixels: Tensor) -> None:

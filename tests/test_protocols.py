@@ -15,8 +15,18 @@ from test_wrapping import assert_same, snapshot
 from transformers import CLIPModel
 
 from fvg_adapter import load
+from fvg_adapter.data.files import HubFiles
 from fvg_adapter.errors import FVGError
-from fvg_adapter.protocols import ABLATION, CONTROLS, Results, base_to_new, base_to_new_split
+from fvg_adapter.protocols import (
+    ABLATION,
+    CONTROLS,
+    Results,
+    base_to_new,
+    base_to_new_split,
+    cross_dataset,
+    few_shot,
+)
+from fvg_adapter.runs import settings_of, start_run
 from fvg_adapter.tuners.recipes import Stage
 
 NAMES = ["red fox", "blue bird", "green frog", "old boat"]
@@ -141,3 +151,24 @@ def test_the_tuners_own_crop_reaches_it(small_clip: CLIPModel, tokenizer: Any, d
     other = run(small_clip, tokenizer, data, seeds=(1,), tune=whole, controls=False)
     assert one.rows["clip"] == other.rows["clip"]
     assert one.rows["coop"]["entropy"] != other.rows["coop"]["entropy"]
+
+
+def test_few_shot_and_cross_dataset_keep_an_adapter_with_their_figures(
+    small_clip: CLIPModel, tokenizer: Any, data: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"shots": 2, "seeds": (1,), "views": 1, "tune": QUICK, "heads": QUICK, "controls": False}
+    few = few_shot(small_clip, tokenizer, data, **settings, output=tmp_path / "few")
+    across = cross_dataset(small_clip, tokenizer, data, {"again": data}, **settings, output=tmp_path / "across")
+    for folder, found in (("few", few), ("across", across)):
+        config = json.loads((tmp_path / folder / "adapter/config.json").read_text("utf-8"))
+        accuracy = config["about"]["results"]["rows"]["coop+fvg"]["accuracy"]
+        assert accuracy == found.rows["coop+fvg"]["accuracy"]
+        assert (tmp_path / folder / "picture.png").is_file()
+        assert "| **coop+fvg** |" in (tmp_path / folder / "adapter/README.md").read_text("utf-8")
+
+
+def test_a_card_names_the_release_by_its_id(small_clip: CLIPModel, tokenizer: Any) -> None:
+    release = HubFiles.__new__(HubFiles)
+    release.name, release.repo = "the data set repository 'me/pets'", "me/pets"
+    settings = settings_of(start_run(small_clip, tokenizer, "coop", (1,)), release, 4, (1,), "test")
+    assert (settings["data"], settings["from_hub"]) == ("me/pets", True)

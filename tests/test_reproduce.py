@@ -279,6 +279,7 @@ def test_results_of_another_version_and_of_another_run_are_refused(
         (json.dumps(record)[:80], "delete it to run that unit again"),
         (json.dumps({"format": 1}), "it lacks"),
         ("[]", "is no unit of results"),
+        ("[" * 100_000, "is no unit of results"),
     ):
         old.file(unit).write_text(content)
         with pytest.raises(FVGError, match=text):
@@ -306,6 +307,7 @@ def test_a_unit_is_replaced_whole_or_left_as_it_was(tmp_path: Path, monkeypatch:
 def test_plans_and_suites_that_make_no_sense(data: Path, tmp_path: Path) -> None:
     for changes, text in (
         ({"protocol": "base-to-old"}, "Did you mean 'base-to-new'"),
+        ({"foreground": "atention"}, "Did you mean 'attention'"),
         ({"seeds": ()}, "seeds must be at least one"),
         ({"tuners": ["coop", "coop"]}, "each once"),
         ({"protocol": "cross-dataset"}, "at least one target"),
@@ -318,7 +320,12 @@ def test_plans_and_suites_that_make_no_sense(data: Path, tmp_path: Path) -> None
     with pytest.raises(FVGError, match="is no folder"):
         paper_suite(tmp_path / "none")
     file = tmp_path / "suite.json"
-    for content, text in (("{", "cannot be read"), ('{"name": "x", "data": {}}', "no data sets"), ('{"x": 1}', "read")):
+    for content, text in (
+        ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"name": "x", "data": {}}', "no data sets"),
+        ('{"x": 1}', "read"),
+    ):
         file.write_text(content)
         with pytest.raises(FVGError, match=text):
             read_suite(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from transformers import CLIPModel
 from conftest import CLASSES, GOLDEN, NEW_CLASSES, small_config
 from fvg_adapter import FVGModel, files, load, wrap
 from fvg_adapter.errors import FVGError
-from fvg_adapter.tuners import CoOp, ZeroShot
+from fvg_adapter.replacing import read_whole
+from fvg_adapter.storage import read
+from fvg_adapter.tuners import CoOp, LoRA, ZeroShot
 from fvg_adapter.untrusted import sha256_of
 
 
@@ -235,3 +238,33 @@ def test_a_save_that_fails_half_way_is_taken_back(
     load(target, clip=small_clip, tokenizer=tokenizer)
     assert model.save_pretrained(tmp_path / "b", is_main_process=False) == tmp_path / "b"
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows replaces no open file")
+def test_a_large_file_that_is_replaced_while_its_base_model_loads(
+    small_clip: CLIPModel, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files above `SMALL_BYTES` are read when their tensors are asked for, which is long after their config was."""
+    monkeypatch.setattr("fvg_adapter.untrusted.SMALL_BYTES", 0)
+    tuner = CoOp(small_clip, tokenizer, CLASSES)
+    folder = tuner.save_pretrained(tmp_path / "a")
+    wanted = tuner.ctx.detach().clone()
+    _, _, tensors = read_whole(folder, read)
+    with torch.no_grad():
+        tuner.ctx.add_(1.0)
+    tuner.save_pretrained(folder)
+    assert torch.equal(tensors["tuner.safetensors"]["ctx"], wanted)
+    assert torch.equal(read_whole(folder, read)[2]["tuner.safetensors"]["ctx"], wanted + 1)
+
+
+def test_a_lora_config_that_is_replaced_while_its_base_model_loads(
+    small_clip: CLIPModel, tokenizer: Any, tmp_path: Path
+) -> None:
+    tuner = LoRA(small_clip, tokenizer, CLASSES)
+    folder = tuner.save_pretrained(tmp_path / "a")
+    tuner.detach()
+    _, config, tensors = read_whole(folder, read)
+    record = json.loads((folder / "lora/adapter_config.json").read_text())
+    (folder / "lora/adapter_config.json").write_text(json.dumps({**record, "lora_alpha": 9}))
+    with pytest.raises(FVGError, match="sha256 differs"):
+        LoRA.rebuild(config, tensors, small_clip, tokenizer, folder=folder)

@@ -16,6 +16,7 @@ from fvg_adapter.errors import FVGError, nearest
 THIS = "this adapter"
 """The row of figures that came from `evaluate`."""
 METRICS = {
+    "accuracy": "accuracy",
     "base": "base",
     "new": "new",
     "hm": "HM",
@@ -23,8 +24,10 @@ METRICS = {
     "joint_new": "joint new",
     "joint_hm": "joint HM",
 }
-"""Metrics in percent, by what stands above them."""
+"""Metrics in percent, by what stands above them; accuracy where one list of classes was tuned on and scored."""
 FURTHER = ("d_fg", "entropy", "attention_in_mask", "ece")
+_MOST, _LONGEST, _LARGEST = 200, 300, 1e12
+"""Rows, metrics and seeds; characters of a name; a figure or a seed: what a card has room for."""
 _SETTINGS = ("seeds", "shots", "test_split", "views", "foreground", "tune", "heads", "data", "from_hub")
 
 
@@ -58,7 +61,9 @@ def figures_of(results: Any, tuner: str, kind: str) -> dict[str, Any]:
     rows = {
         str(name): {str(metric): [_number(v) for v in values] for metric, values in row.items()}
         for name, row in results.items()
-        if name not in ("settings", "also") and isinstance(row, Mapping) and "base" in row
+        if name not in ("settings", "also", "cost")
+        and isinstance(row, Mapping)
+        and ("base" in row or "accuracy" in row)
     }
     ours = f"{tuner}+fvg" if kind == "fvg" else "clip" if tuner == "zero_shot" else tuner
     if ours not in rows:
@@ -88,15 +93,24 @@ def _is_sound(results: Any) -> bool:
     if not isinstance(results, Mapping) or not isinstance(results.get("rows"), Mapping):
         return False
     rows, several = results["rows"], results.get("seeds", [])
-    values = [v for row in rows.values() if isinstance(row, Mapping) for v in row.values()]
+    texts = [results.get(name, "") for name in ("ours", "data", "test_split")]
     return (
-        results.get("ours") in rows
-        and all(isinstance(row, Mapping) for row in rows.values())
-        and all(isinstance(v, list) and all(n is None or type(n) in (int, float) for n in v) for v in values)
+        all(isinstance(text, str) and len(text) <= _LONGEST for text in (*texts, *rows))
+        and isinstance(results.get("foreground", ""), str)
+        and results.get("ours") in rows
+        and len(rows) <= _MOST
+        and all(isinstance(row, Mapping) and len(row) <= _MOST for row in rows.values())
+        and all(_are_figures(values) for row in rows.values() for values in row.values())
         and isinstance(several, list)
-        and all(isinstance(results.get(name, ""), (str, int)) for name in ("data", "test_split", "shots", "foreground"))
-        and ("/" not in str(results.get("data", "")) or bool(results.get("from_hub")))
+        and all(type(n) is int for n in (*several, results.get("shots", 0)))
+        and _are_figures(several)
+        and ("/" not in results.get("data", "") or bool(results.get("from_hub")))
     )
+
+
+def _are_figures(values: Any) -> bool:
+    known = isinstance(values, list) and len(values) <= _MOST
+    return known and all(v is None or (type(v) in (int, float) and abs(v) <= _LARGEST) for v in values)
 
 
 def _read(path: Path) -> Any:
@@ -136,6 +150,12 @@ def shown(values: list[float | None] | None, digits: int = 1, sign: str = "") ->
     if centre is None:
         return "–"
     return f"{centre:{sign}.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+
+
+def metrics_of(figures: Mapping[str, Any]) -> dict[str, str]:
+    """Those of METRICS that the figures are about: accuracy of one list of classes, or base, new and joint."""
+    halves = any("base" in row for row in figures["rows"].values())
+    return {name: said for name, said in METRICS.items() if (name == "accuracy") != halves}
 
 
 def difference(figures: Mapping[str, Any], row: str, other: str, metric: str) -> list[float | None] | None:

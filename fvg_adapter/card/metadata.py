@@ -84,7 +84,7 @@ def _eval_results(about: Mapping[str, Any], dataset: Mapping[str, str]) -> list[
                 dataset_name=name,
                 dataset_split=figures.get("test_split"),
                 metric_type="accuracy",
-                metric_name=f"{label} accuracy, percent",
+                metric_name=f"{label if metric == 'accuracy' else f'{label} accuracy'}, percent",
                 metric_value=round(centre, 2),
                 metric_args={**several, **spread_too} or None,
             )

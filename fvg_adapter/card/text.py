@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fvg_adapter.card.citations import references, tuner_name
-from fvg_adapter.card.figures import FURTHER, METRICS, THIS, difference, shown
+from fvg_adapter.card.figures import FURTHER, THIS, difference, metrics_of, shown
 from fvg_adapter.card.metadata import dataset_of, title_of
 from fvg_adapter.files import PICTURE_FILE
 
@@ -44,7 +44,7 @@ def _what(config: Mapping[str, Any]) -> str:
     heads = config.get("kind") == "fvg"
     on_hub = base.get("id") not in (None, "local")
     model = f"[{base['id']}](https://huggingface.co/{base['id']})" if on_hub else "a model that is not on the Hub"
-    at = f" at revision `{base['revision']}`" if on_hub and base.get("revision") else ""
+    at = f" at revision {_code(base['revision'])}" if on_hub and base.get("revision") else ""
     before = (
         f"{_PAPER} adapters and gates behind a frozen {_name(kind)}: they score the classes tuned on with "
         "foreground-guided adapters, other classes with a calibration by the untouched CLIP, and both together."
@@ -133,13 +133,17 @@ def _results(config: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     split = f", split {_code(figures['test_split'])}" if figures.get("test_split") else ""
     seeds = figures.get("seeds") or []
     parts = [f"Accuracy in percent on {_code(name)}{split}, {_over(seeds)}."]
-    parts.append("base: classes tuned on, among themselves. new: unseen ones, likewise. HM: their harmonic mean.")
-    parts.append("joint: all classes at once.")
+    metrics = metrics_of(figures)
+    if "accuracy" in metrics:
+        parts.append("accuracy: classes tuned on, among themselves.")
+    if "base" in metrics:
+        parts.append("base: classes tuned on, among themselves. new: unseen ones, likewise. HM: their harmonic mean.")
+        parts.append("joint: all classes at once.")
     if len(seeds) > 1:
         parts.append(f"The files here are of seed {seeds[0]}.")
     table = _table(
-        ["model", *METRICS.values()],
-        [[_row(n, figures["ours"]), *(shown(r.get(m)) for m in METRICS)] for n, r in figures["rows"].items()],
+        ["model", *metrics.values()],
+        [[_row(n, figures["ours"]), *(shown(r.get(m)) for m in metrics)] for n, r in figures["rows"].items()],
     )
     return "\n\n".join([" ".join(parts), table, *_further(figures), *_worth(config, figures)])
 
@@ -169,19 +173,20 @@ def _worth(config: Mapping[str, Any], figures: Mapping[str, Any]) -> list[str]:
     before = "clip" if kind == "zero_shot" else kind
     compared = [(before, f"{tuner_name(kind)} alone")] if ours != THIS else []
     compared += [(f"{ours} [{name}]", said) for name, said in _CONTROLS.items()]
-    rows = []
+    rows, metrics = [], metrics_of(figures)
     for other, said in compared:
-        pairs = [difference(figures, ours, other, metric) for metric in METRICS]
+        pairs = [difference(figures, ours, other, metric) for metric in metrics]
         if any(pairs):
             rows.append([f"this adapter − {_cell(said)}", *(shown(p, sign="+") for p in pairs)])
-    table = [_table(["difference, points", *METRICS.values()], rows)] if rows else []
+    table = [_table(["difference, points", *metrics.values()], rows)] if rows else []
     if any(f"{ours} [{name}]" in figures["rows"] for name in _CONTROLS):
         text = (
             "A gain over the tuner alone proves nothing about the foreground, because the adapters gain without it "
             "too. What the foreground itself is worth is the difference from x_fg = x, whatever its sign."
         )
-        worth = difference(figures, ours, f"{ours} [x_fg=x]", "hm")
-        told = f" **Here: HM {shown(worth, sign='+')} points.**" if worth else ""
+        metric = "hm" if "hm" in metrics else "accuracy"
+        worth = difference(figures, ours, f"{ours} [x_fg=x]", metric)
+        told = f" **Here: {metrics[metric]} {shown(worth, sign='+')} points.**" if worth else ""
         return [*table, text + told]
     return [*table, "No controls came with these figures, so that nothing says what the foreground itself is worth."]
 
@@ -199,7 +204,7 @@ def _classes(config: Mapping[str, Any]) -> str:
 
 
 def _folded(names: Sequence[Any]) -> str:
-    listed = ", ".join(html.escape(str(name)).replace("|", "\\|").replace("*", "\\*") for name in names)
+    listed = ", ".join(_cell(name).replace("*", "\\*") for name in names)
     count = f"{len(names)} class{'es' if len(names) != 1 else ''}"
     if len(names) <= _MANY:
         return f"{count}: {listed}."
@@ -214,9 +219,10 @@ def _data(about: Mapping[str, Any]) -> str:
     link = f"[{html.escape(name)}](https://huggingface.co/datasets/{name})" if found.get("id") else _code(name)
     said = [f"{link}."]
     if figures.get("shots"):
+        halves = "base" in metrics_of(figures)
         said.append(
-            f"Tuned on {figures['shots']} training pictures a class of the first half of the classes; "
-            "the other half is only scored."
+            f"Tuned on {figures['shots']} training pictures a class"
+            + (" of the first half of the classes; the other half is only scored." if halves else ".")
         )
     masks = {
         "given": "Foreground masks came from the data, where it has them.",
@@ -281,7 +287,8 @@ def _quoted(text: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    return html.escape(" ".join(str(value).split())).replace("|", "\\|")
+    """Text on one line that is no HTML, no cell of its own, and no link or picture of Markdown."""
+    return html.escape(" ".join(str(value).split())).replace("|", "\\|").replace("](", "]&#40;")
 
 
 def _code(value: Any) -> str:

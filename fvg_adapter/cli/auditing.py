@@ -17,6 +17,7 @@ from fvg_adapter.cli.console import (
     load_adapter,
     load_base,
     mistakes_told,
+    normal_of,
     prepare,
     printable,
     say_progress,
@@ -81,9 +82,7 @@ def audit_model(
 
     loaded = _plain(adapter, template, place) if plain else load_adapter(adapter, model, place)
     encoder = getattr(loaded, "tuner", loaded).encoder
-    config = getattr(loaded, "config", None)
-    normal = () if config is None else (config.image_mean, config.image_std)
-    transform = PairedTransform(encoder.image_size, *normal, train=False)
+    transform = PairedTransform(encoder.image_size, *normal_of(loaded), train=False)
     pictures = open_dataset(data, split, masks="optional", transform=transform).drop_unreadable()
     tell = say_progress()
     if tell is not None:

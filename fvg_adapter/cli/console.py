@@ -207,19 +207,24 @@ def load_adapter(adapter: str, model: str | None, device: str) -> Any:
 
 def normalisation(model: str) -> dict[str, Any]:
     """Mean and deviation of the model's preprocessor; nothing (CLIP's) where it has none."""
-    from transformers.utils import cached_file
+    from fvg_adapter.segmenters.loading import preprocessing
 
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        try:
-            found = cached_file(model, name)
-        except (OSError, ValueError):
-            continue
-        if found is not None:
-            content = read_json(Path(found), "the model's")
-            inner = content.get("image_processor", content)
-            content = inner if isinstance(inner, dict) else content
-            return {key: content[key] for key in ("image_mean", "image_std") if content.get(key)}
-    return {}
+    content = preprocessing(model) or {}
+    inner = content.get("image_processor", content)
+    content = inner if isinstance(inner, dict) else content
+    return {key: content[key] for key in ("image_mean", "image_std") if content.get(key)}
+
+
+def normal_of(loaded: Any) -> tuple[Any, Any]:
+    """Mean and deviation that a loaded model's pictures need: its FVGConfig's, else its base model's, else CLIP's."""
+    from fvg_adapter.config import CLIP_MEAN, CLIP_STD
+
+    config = getattr(loaded, "config", None)
+    if config is not None:
+        return config.image_mean, config.image_std
+    name = getattr(loaded.encoder.model, "name_or_path", "")
+    found = normalisation(str(name)) if name else {}
+    return found.get("image_mean", CLIP_MEAN), found.get("image_std", CLIP_STD)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

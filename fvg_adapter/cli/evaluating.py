@@ -16,6 +16,7 @@ from fvg_adapter.cli.console import (
     Threads,
     load_adapter,
     mistakes_told,
+    normal_of,
     prepare,
     say_progress,
     show,
@@ -73,9 +74,7 @@ def evaluate_adapter(
 
     loaded = load_adapter(adapter, model, place)
     encoder = getattr(loaded, "tuner", loaded).encoder
-    config = getattr(loaded, "config", None)
-    normal = () if config is None else (config.image_mean, config.image_std)
-    transform = PairedTransform(encoder.image_size, *normal, train=False)
+    transform = PairedTransform(encoder.image_size, *normal_of(loaded), train=False)
     pictures = open_dataset(data, split, masks="optional", transform=transform).drop_unreadable()
     known = set(loaded.base_classes)
     groups = [[i for i, name in enumerate(pictures.classes) if (name in known) is seen] for seen in (True, False)]

@@ -17,6 +17,7 @@ from fvg_adapter.cli.console import (
     class_names,
     load_adapter,
     mistakes_told,
+    normal_of,
     prepare,
     printable,
     say,
@@ -94,9 +95,7 @@ def _predicted(model: Any, paths: list[Path], top_k: int) -> list[dict[str, Any]
     from fvg_adapter.data.images import read_picture
 
     encoder = getattr(model, "tuner", model).encoder
-    config = getattr(model, "config", None)
-    normal = () if config is None else (config.image_mean, config.image_std)
-    transform = PairedTransform(encoder.image_size, *normal, train=False)
+    transform = PairedTransform(encoder.image_size, *normal_of(model), train=False)
     rows: list[dict[str, Any]] = []
     pixels = []
     for path in paths:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ def recognised(path: Path) -> dict[str, Any] | None:
     """{"kind", "what", "next", …} of a file or folder that is no saved adapter; None where nothing is recognised.
 
     Raises:
-        FVGError: a `.pth.tar` that is damaged, or that names code.
+        FVGError: a `.pth.tar` that is damaged, or that names code; a checkpoint's weights that are damaged.
     """
     if path.is_file():
         return _dassl(path) if ".pth" in path.name or path.suffix in (".pt", ".tar") else None
@@ -51,7 +51,8 @@ def _base_model(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     from fvg_adapter.layouts import COMPOSED, LAYOUTS
 
     kind = str(config["model_type"])
-    vision = config.get("vision_config") or {}
+    vision = config.get("vision_config")
+    vision = vision if isinstance(vision, dict) else {}
     advice = f"fvg-adapter train DATA --model {path} --output out, or wrap(model, tokenizer, classes) in Python"
     size, patch = vision.get("image_size"), vision.get("patch_size")
     tower = f", {size} pixels in patches of {patch}" if size and patch else ""
@@ -88,10 +89,13 @@ def _dassl(path: Path) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path / "model.safetensors", "pt") as file:
-        names = sorted(file.keys())
+    try:
+        with safe_open(path / "model.safetensors", "pt") as file:
+            names = sorted(file.keys())
+    except SafetensorError as error:
+        raise FVGError(f"{path / 'model.safetensors'} is no whole safetensors file: {error}; copy it again.") from error
     heads = any(name.startswith("visual_adapter.") for name in names)
     state = _json(path / "trainer_state.json")
     return {
@@ -115,8 +119,8 @@ def _bank(path: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object, or nothing."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    from fvg_adapter.untrusted import read_json
+
+    with contextlib.suppress(FVGError):
+        return read_json(path, "JSON")
+    return {}

@@ -17,6 +17,7 @@ from fvg_adapter.cli.console import (
     load_adapter,
     load_base,
     mistakes_told,
+    normal_of,
     prepare,
     show,
     show_json,
@@ -87,6 +88,7 @@ def show_pictures(
     if mask:
         masks = [read_mask(path, str(path), picture) for path, picture in zip(mask, pictures, strict=True)]
     loaded = _plain(adapter, names, template, place) if plain else load_adapter(adapter, model, place)
+    normal = normal_of(loaded)
     found = look(
         loaded,
         [p.image for p in pictures],
@@ -94,11 +96,8 @@ def show_pictures(
         classes=names,
         maps=maps,
         layers=_layers(layers),
+        normal=normal,
     )
-    config = getattr(loaded, "config", None)
-    from fvg_adapter.config import CLIP_MEAN, CLIP_STD
-
-    normal = (CLIP_MEAN, CLIP_STD) if config is None else (config.image_mean, config.image_std)
     output.parent.mkdir(parents=True, exist_ok=True)
     titles = [f"{path.name}: {name}" for path, name in zip(images, label, strict=True)] if label else None
     drawing = draw(found, maps, normal, labels=label or None, titles=titles or [path.name for path in images])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from itertools import islice
 
-from fvg_adapter.errors import FVGError
+from fvg_adapter.errors import FVGError, closest
 
 _LISTED = 5
-_COMPARED, _GIVEN = 2000, 100
+_COMPARED = 2000
 
 
 class DataError(FVGError):
@@ -46,6 +45,4 @@ def listed(names: Iterable[object], limit: int = _LISTED) -> str:
 def suggestion(given: object, valid: Iterable[str]) -> str:
     """The nearest valid name and the first of all of them: `Did you mean 'train'? There is: 'test', 'train'.`"""
     names = list(islice(valid, _COMPARED))
-    close = difflib.get_close_matches(str(given)[:_GIVEN], names, n=1)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{hint}There is: {listed(names, limit=10)}."
+    return f"{closest(given, names)}There is: {listed(names, limit=10)}."

@@ -70,7 +70,7 @@ def _from_split(reading: Reading) -> Listing:
     try:
         record = json.loads(reading.files.text(reading.listing))
         rows = {split: [(str(f), int(y), c) for f, y, c in record[split]] for split in ("train", "val", "test")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataFileError(
             f"{reading.listing!r} in {reading.files.name} is no split file of CoOp's: lists train, val and test of "
             f"[file, label, class name] are expected ({type(error).__name__}: {error})."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 from fvg_adapter.data import ELEVEN, VARIANTS, paper_set
 from fvg_adapter.data.paper_sets import HUB_REPO
 from fvg_adapter.errors import FVGError, nearest
+from fvg_adapter.untrusted import read_json
 
 HUB = "hub"
 """What stands for the authors' release in place of a folder."""
@@ -103,7 +103,7 @@ def read_suite(file: str | os.PathLike[str]) -> Suite:
     """
     path = Path(file)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path, "a suite")
         settings = {kind: Setting(**fields) for kind, fields in record.pop("settings", {}).items()}
         suite = Suite(**{**record, "settings": settings})
     except (OSError, ValueError, TypeError, AttributeError) as error:

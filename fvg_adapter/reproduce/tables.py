@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fvg_adapter.data import ELEVEN
 from fvg_adapter.evaluation import harmonic_mean
+from fvg_adapter.replacing import written
 from fvg_adapter.reproduce import paper
 from fvg_adapter.reproduce.statistics import average, paired
 from fvg_adapter.reproduce.tidy import COST, Figure
@@ -94,11 +95,14 @@ class Gathered:
 
 
 def write_tables(path: str | os.PathLike[str], plan: Plan, figures: Sequence[Figure]) -> Path:
-    """Writes the tables of a plan as Markdown; returns the file."""
+    """Writes the tables of a plan as Markdown, all or nothing; returns the file.
+
+    Raises:
+        FVGError: it cannot be written; what was there is unchanged.
+    """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}")
-    temporary.write_text(tables_of(plan, figures), encoding="utf-8")
-    temporary.replace(target)
+    with written(target) as file:
+        file.write_text(tables_of(plan, figures), encoding="utf-8")
     return target
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fvg_adapter.errors import FVGError
+from fvg_adapter.replacing import written
 
 FORMAT = 1
 """Version of the tidy file and of the unit files."""
@@ -80,15 +81,17 @@ def plain_row(row: str, tuner: str) -> str:
 
 
 def write_tidy(path: str | os.PathLike[str], figures: Iterable[Figure]) -> Path:
-    """Writes the file, whole or not at all; returns its path."""
+    """Writes the file, whole or not at all; returns its path.
+
+    Raises:
+        FVGError: it cannot be written; what was there is unchanged.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
+    with written(target) as path, path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Figure)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(figure) for figure in figures)
-    temporary.replace(target)
     return target
 
 

@@ -15,10 +15,12 @@ from typing import Any
 
 from fvg_adapter.config import FVGConfig
 from fvg_adapter.errors import FVGError, nearest
+from fvg_adapter.foreground import resolve_source
 from fvg_adapter.reproduce.suites import Setting, Suite
 from fvg_adapter.reproduce.tidy import FORMAT, Figure, check_format, figures_of
 from fvg_adapter.tuners.recipes import Recipe, Stage, recipe_on
 from fvg_adapter.tuners.templates import dataset_name, template_for
+from fvg_adapter.untrusted import read_json
 
 PROTOCOLS = ("base-to-new", "cross-dataset", "few-shot", "ablation")
 
@@ -86,6 +88,7 @@ class Plan:
             given = list(getattr(self, name))
             if not given or len(set(given)) < len(given):
                 raise FVGError(f"{name} must be at least one, each once, but is {given}.")
+        resolve_source(self.foreground)
         if self.protocol == "cross-dataset" and not self.targets:
             raise FVGError("cross-dataset needs at least one target beside the source.")
 
@@ -194,9 +197,9 @@ def read_unit(file: Path) -> dict[str, Any]:
         FVGError: of another format, or damaged.
     """
     try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file, "a unit")
         given = record["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FVGError, KeyError) as error:
         raise FVGError(f"{file} is no unit of results ({error}); delete it to run that unit again.") from error
     check_format(given, str(file))
     missing = [name for name in ("unit", "identity", "rows", "cost", "targets") if name not in record]

@@ -6,13 +6,13 @@ the GPU.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fvg_adapter.errors import FVGError
+from fvg_adapter.untrusted import read_json
 
 LOADED_AS = {"sam2_video": "Sam2Model", "sam3_video": "Sam3Model", "sam3_tracker_video": "Sam3TrackerModel"}
 """Checkpoints that are published for video; their image model reads the same weights."""
@@ -67,7 +67,11 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
 
 
 def preprocessing(name: str, *, revision: str | None = None) -> dict[str, Any] | None:
-    """The JSON of a model's preprocessor, or None."""
+    """The JSON of a model's preprocessor, or None.
+
+    Raises:
+        FVGError: there is one, and it is no JSON object.
+    """
     from transformers.utils import cached_file
 
     for file in ("preprocessor_config.json", "processor_config.json"):
@@ -76,6 +80,5 @@ def preprocessing(name: str, *, revision: str | None = None) -> dict[str, Any] |
         except (OSError, ValueError):
             continue
         if found is not None:
-            content: dict[str, Any] = json.loads(Path(found).read_text("utf-8"))
-            return content
+            return read_json(Path(found), "the JSON of a preprocessor")
     return None

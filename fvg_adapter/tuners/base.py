@@ -29,7 +29,7 @@ from fvg_adapter.tuners.arguments import check_arguments
 from fvg_adapter.tuners.cache import TextCache, parameters_of, remembered
 from fvg_adapter.tuners.class_lists import Block
 from fvg_adapter.tuners.encoding import encode_in_passes
-from fvg_adapter.tuners.passes import is_untouched, own_pass, untouched
+from fvg_adapter.tuners.passes import is_unrecorded, own_pass, untouched
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE, Prompts, check_classes, check_template, fill, tokenize
 from fvg_adapter.untrusted import made_for
 
@@ -365,8 +365,8 @@ class Tuner(nn.Module, Pretrained):
 
     def attention_target(self) -> tuple[nn.Module, Callable[[int], int], Callable[[], bool]]:
         """For `record_attention`: the model to hook, where the patches begin in the tokens of a layer, and whether a
-        pass is one of the untouched CLIP, which is not the tuner's."""
-        return self.clip, self.first_patch, is_untouched
+        pass does not count: one of the untouched CLIP, or over a cut-out of the picture."""
+        return self.clip, self.first_patch, is_unrecorded
 
     def first_patch(self, layer: int) -> int:
         """Index of the first patch token among the tokens that enter layer `layer` (0-based)."""

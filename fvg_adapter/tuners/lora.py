@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fvg_adapter.errors import FVGError, nearest
-from fvg_adapter.files import TUNER_FILE
+from fvg_adapter.files import PEFT_FILES, TUNER_FILE
 from fvg_adapter.layouts import Layout
 from fvg_adapter.tuners.adapter_files import FOLDER, WEIGHTS, fitting, read_adapter
 from fvg_adapter.tuners.adapters import (
@@ -26,6 +26,7 @@ from fvg_adapter.tuners.arguments import check_arguments
 from fvg_adapter.tuners.base import Tuner, feature_encoder
 from fvg_adapter.tuners.passes import acts, let_gradients_in
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE
+from fvg_adapter.untrusted import OTHER_FILE, sha256_of
 
 ADAPTER = "default"
 _REFUSALS = (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, ArithmeticError, AssertionError)
@@ -214,6 +215,9 @@ class LoRA(Tuner):
         arguments = config["tuner"].get("arguments", {})
         check_arguments(cls, arguments)
         peft_config, weights = read_adapter(folder, feature_encoder(clip).model)
+        name = PEFT_FILES[0]
+        if config["sha256"].get(name) not in (None, sha256_of(folder / name)):  # replaced since it was checked
+            raise FVGError(OTHER_FILE.format(folder / name))
         saved = tensors.get(f"{FOLDER}/{WEIGHTS}", weights)  # checked against the config's hash, where it has one
         tuner = cls(clip, tokenizer, config["base_classes"], peft_config=_FromFile(peft_config), **arguments)
         try:

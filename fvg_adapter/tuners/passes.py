@@ -43,6 +43,22 @@ def is_untouched() -> bool:
 
 
 @contextlib.contextmanager
+def beside() -> Iterator[None]:
+    """Marks passes of this thread that look at other pictures than those that a model was given: cut-outs of them."""
+    before = getattr(_THREAD, "beside", 0)
+    _THREAD.beside = before + 1
+    try:
+        yield
+    finally:
+        _THREAD.beside = before
+
+
+def is_unrecorded() -> bool:
+    """Whether `record_attention` leaves out what this thread runs: the untouched CLIP, or a pass `beside`."""
+    return is_untouched() or getattr(_THREAD, "beside", 0) > 0
+
+
+@contextlib.contextmanager
 def own_pass(tuner: nn.Module) -> Iterator[None]:
     """Marks a pass of this thread as a tuner's own: other tuners' hooks on the same CLIP do not act in it."""
     before = getattr(_THREAD, "owner", None)
