@@ -32,12 +32,15 @@ PUBLISHED = {
     "freeze_tuner": True,
     "attention_layers": (-1,),
     "attention_threshold": 1.0,
+    "attended_view": 0.0,
+    "group_temperature": 1.0,
+    "preset": "paper",
     "image_mean": (0.48145466, 0.4578275, 0.40821073),
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
 """METHOD.md section 7, written down a second time: a default that changes by accident is noticed here."""
 
-POSITIVE = ("bottleneck", "gate_hidden", "temperature", "attention_threshold")
+POSITIVE = ("bottleneck", "gate_hidden", "temperature", "group_temperature", "attention_threshold")
 NOT_NEGATIVE = ("init_std", "lambda_gate", "lambda_distill", "lambda_new", "lambda_new_kl", "reliability_margin")
 
 
@@ -61,7 +64,10 @@ def test_zero_is_too_small(name: str) -> None:
             FVGConfig(**{name: bad})
 
 
-@pytest.mark.parametrize("name", [*POSITIVE, *NOT_NEGATIVE, "mask_threshold"])
+NUMBERS = (*POSITIVE, *NOT_NEGATIVE, "mask_threshold", "attended_view", "attended_margin")
+
+
+@pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("bad", [True, "1", None, math.nan, math.inf, [1.0]])
 def test_what_is_no_number(name: str, bad: Any) -> None:
     with pytest.raises(FVGError, match=rf"^{name} must be a finite number, but is "):
@@ -111,6 +117,67 @@ def test_usable_area(good: Any, bad: Any) -> None:
     assert FVGConfig(usable_area=good).usable_area == good
     with pytest.raises(FVGError, match=r"^usable_area must be two shares 0 ≤ low ≤ high ≤ 1, but is "):
         FVGConfig(usable_area=bad)
+
+
+@pytest.mark.parametrize("name", ["usable_area", "image_mean", "image_std"])
+@pytest.mark.parametrize("value", [math.nan, "0.5", True, 2e9])
+def test_what_holds_no_numbers(name: str, value: Any) -> None:
+    values = (value,) * (2 if name == "usable_area" else 3)
+    with pytest.raises(FVGError, match=rf"^{name} must hold finite numbers, but is \({value!r}, "):
+        FVGConfig(**{name: values})
+
+
+def test_the_largest_values() -> None:
+    assert FVGConfig(lambda_new=1e9).lambda_new == 1e9
+    assert len(FVGConfig(attention_layers=(-1,) * 256).attention_layers) == 256
+    for bad in ({"lambda_new": 1.0001e9}, {"attention_layers": (-1,) * 257}):
+        with pytest.raises(FVGError, match="must"):
+            FVGConfig(**bad)
+
+
+def test_attended_view() -> None:
+    assert FVGConfig(attended_view=0.0).attended_view == 0.0
+    assert FVGConfig(attended_view=0.999).attended_view == 0.999
+    for bad in (1.0, -1e-9, 1.5):
+        with pytest.raises(FVGError, match=rf"^attended_view must be a weight in \[0, 1\), but is {bad}\.$"):
+            FVGConfig(attended_view=bad)
+    for good in (0, 1, 1.0, 3.5):
+        assert FVGConfig(attended_margin=good).attended_margin == good
+    for bad in (0.999, -1.0, 1e-9):
+        with pytest.raises(FVGError, match=rf"^attended_margin must be 0 \(no zoom\) or at least 1, but is {bad}\.$"):
+            FVGConfig(attended_margin=bad)
+
+
+PLUS = {
+    "lambda_distill": 1.0,
+    "lambda_new_kl": 10.0,
+    "group_temperature": 2.0,
+    "attended_view": 0.4,
+    "attention_layers": (-2,),
+    "attention_threshold": 1.2,
+}
+"""docs/plus.md, written down a second time."""
+
+
+def test_the_plus_preset_and_what_is_given_beside_it() -> None:
+    paper, plus = dataclasses.asdict(FVGConfig()), dataclasses.asdict(FVGConfig(preset="plus"))
+    assert {name: value for name, value in plus.items() if paper[name] != value} == {**PLUS, "preset": "plus"}
+    assert FVGConfig(preset="paper") == FVGConfig()
+    own = FVGConfig(preset="plus", lambda_distill=10.0, attention_layers=(-1,))
+    assert (own.lambda_distill, own.attention_layers, own.lambda_new_kl) == (10.0, (-1,), 10.0)
+    assert FVGConfig(128, preset="plus").bottleneck == 128
+    assert (
+        FVGConfig.from_dict(own.to_dict()) == own
+    )  # a saved config says every field, and is not changed by its preset
+    assert "_given" not in own.__dict__
+    for bad in ("pluss", None, 3, ["plus"]):
+        with pytest.raises(FVGError, match="^preset is "):
+            FVGConfig(preset=bad)
+
+
+def test_a_field_that_does_not_exist() -> None:
+    with pytest.raises(FVGError, match=r"^FVGConfig has no field 'lambda_distil'\. Did you mean 'lambda_distill'\?"):
+        FVGConfig(lambda_distil=1.0)
 
 
 @pytest.mark.parametrize("bad", [(), (1.0,), (True,), ("a",), (1, 2.0)])

@@ -95,6 +95,15 @@ def test_temperature_that_brings_an_entropy(wanted: float) -> None:
     assert coarse != pytest.approx(found, rel=1e-6) and coarse == pytest.approx(found, rel=0.1)
 
 
+def test_heads_have_the_published_widths_and_start() -> None:
+    torch.manual_seed(0)
+    adapter, gate = BottleneckAdapter(512), ReliabilityGate()
+    assert tuple(adapter.down.weight.shape) == (64, 512) and tuple(gate.hidden.weight.shape) == (32, 3)
+    assert float(adapter.up.weight.detach().std()) == pytest.approx(1e-3, rel=0.02) and not bool(adapter.up.bias.any())
+    assert float(BottleneckAdapter(512, init_std=0.5).up.weight.detach().std()) == pytest.approx(0.5, rel=0.02)
+    assert sum(p.numel() for m in (adapter, adapter, gate, gate) for p in m.parameters()) == 132_546
+
+
 def test_examples() -> None:
     ran = doctest.testmod(L)
     assert ran.attempted >= 4 and ran.failed == 0
