@@ -434,6 +434,10 @@ def test_wrong_files_are_told(base: Path, data: Path, bert: Path, trained: Any, 
     config.write_text("[]")
     assert_mistake(run("train", data, "--model", base, "--config", config, *QUICK), "one JSON object")
     assert_mistake(run("info", data), "has no config.json")
+    assert_mistake(run("info", config), "is a file; give the folder")
+    assert_mistake(run("audit", trained.adapter, data, "--output", config, *HERE), "is a file; give a folder")
+    flat = run("eval", trained.adapter, data / "test", "--split", ".", *HERE)
+    assert flat.exit_code == 0, flat.output
     assert_mistake(run("eval", trained.adapter, data, "--split", "val", *HERE), "no split 'val'")
     assert_mistake(run("predict", trained.adapter, "a.png", "--classes", " , ", *HERE), "holds no names")
     assert_mistake(run("predict", trained.adapter, "a.png", "--classes", "@absent.txt", *HERE), "absent.txt")

@@ -261,6 +261,11 @@ def class_names(given: str) -> list[str]:
     return names
 
 
+def split_given(given: str) -> str | None:
+    """The split that an option names; None for ".", where the class folders lie in the data set's folder itself."""
+    return None if given == "." else given
+
+
 def json_object(text: str | None) -> dict[str, Any]:
     """The arguments in --tuner-options; none where it was not given.
 
