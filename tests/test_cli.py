@@ -425,6 +425,8 @@ def test_wrong_options_are_told_before_anything_is_trained(
 def test_wrong_files_are_told(base: Path, data: Path, bert: Path, trained: Any, tmp_path: Path) -> None:
     assert_mistake(run("train", tmp_path / "absent", "--model", base, *QUICK), "does not exist")
     assert_mistake(run("train", data, "--model", tmp_path / "absent", *QUICK), "could not be loaded")
+    assert_mistake(run("train", data, "--model", tmp_path / "absent", *QUICK), "is no folder here")
+    assert_mistake(run("train", data, "--model", base / "config.json", *QUICK), "is a file, not a folder")
     assert_mistake(run("train", data, "--model", bert, *QUICK), "BertModel")
     config = tmp_path / "config.json"
     config.write_text('{"bottelneck": 3}')
