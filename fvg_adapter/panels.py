@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from fvg_adapter.attention import record_attention
 from fvg_adapter.config import CLIP_MEAN, CLIP_STD
-from fvg_adapter.errors import FVGError, nearest
+from fvg_adapter.errors import FVGError, closest, nearest
 from fvg_adapter.features import attention_in_mask
 from fvg_adapter.foreground import attention_mask_from_map, mask_area, prepare_mask
 from fvg_adapter.model import FVGModel, answer_score
@@ -164,7 +165,7 @@ def panels(
         The drawing, a PIL picture.
 
     Raises:
-        FVGError: as `look`; another number of labels or titles than pictures.
+        FVGError: as `look`; another number of labels or titles than pictures; a label that is no class.
 
     Example:
         >>> panels(model, [picture], "before_after.png", masks=[mask])                  # doctest: +SKIP
@@ -173,6 +174,7 @@ def panels(
     for name, given in (("labels", labels), ("titles", titles)):
         if given is not None and len(given) != len(found):
             raise FVGError(f"{len(given)} {name} were given for {len(found)} pictures; give one for each.")
+    check_labels(labels or [], model.classes if classes is None else classes)
     config = getattr(model, "config", None)
     normal = (CLIP_MEAN, CLIP_STD) if config is None else (config.image_mean, config.image_std)
     drawing = draw(found, maps, normal, labels=labels, titles=titles)
@@ -220,9 +222,25 @@ def draw(
             axis.set_yticks([])
             for side in axis.spines.values():
                 side.set_visible(False)
-    figure.supxlabel(SAID[maps] + _gates_said(found), fontsize=8, color="#444444")
+    said = SAID[maps] if columns > 2 else SAID[maps].removesuffix(_SAME).rstrip()  # one model: no others to tell apart
+    figure.supxlabel(textwrap.fill(said, 48 * columns) + _gates_said(found), fontsize=8, color="#444444")
     canvas.draw()
     return Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
+
+
+def check_labels(labels: Sequence[str], classes: Sequence[str]) -> None:
+    """Refuses a true class that is not among those that are scored: no answer could ever be right.
+
+    Raises:
+        FVGError: naming it and the nearest one.
+    """
+    for label in labels:
+        if label not in classes:
+            near = closest(label, classes)
+            raise FVGError(
+                f"the label {label!r} is not among the {len(classes)} classes that are scored. {near}Give classes that "
+                "hold it."
+            )
 
 
 def _gates_said(found: Sequence[Panel]) -> str:

@@ -284,6 +284,8 @@ def fetch(id_or_dir: str | os.PathLike[str], *, revision: str | None = None, **h
     if Path(id_or_dir).is_dir():
         return Path(id_or_dir)
     name = str(id_or_dir)
+    if Path(name).exists():
+        raise FVGError(f"{name} is a file; give the folder written by save_pretrained, or a Hub id like 'me/pets-fvg'.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FVGError(
             f"there is no folder {name}. {closest(name, _folders_beside(name))}Give a folder written by "

@@ -67,6 +67,13 @@ def wrap(
         return wrapped
     if classes is None:
         raise FVGError("classes is missing: wrap(model, tokenizer, classes) needs the base class names.")
+    if isinstance(classes, str):
+        raise FVGError(f"classes is one string, {classes!r}; give a list of class names, such as [{classes!r}, …].")
+    if isinstance(tokenizer, (str, list, tuple)):
+        raise FVGError(
+            f"tokenizer is a {type(tokenizer).__name__}; the order is wrap(model, tokenizer, classes), and the "
+            "tokenizer an object, as AutoTokenizer.from_pretrained gives it."
+        )
     if tokenizer is None and not isinstance(classes, Mapping):
         raise FVGError(
             "tokenizer is missing: wrap(model, tokenizer, classes) needs the model's tokenizer, or "

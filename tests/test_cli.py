@@ -463,6 +463,8 @@ def test_wrong_options_are_told_before_anything_is_trained(
 def test_wrong_files_are_told(base: Path, data: Path, bert: Path, trained: Any, tmp_path: Path) -> None:
     assert_mistake(run("train", tmp_path / "absent", "--model", base, *QUICK), "does not exist")
     assert_mistake(run("train", data, "--model", tmp_path / "absent", *QUICK), "could not be loaded")
+    assert_mistake(run("train", data, "--model", tmp_path / "absent", *QUICK), "is no folder here")
+    assert_mistake(run("train", data, "--model", base / "config.json", *QUICK), "is a file, not a folder")
     assert_mistake(run("train", data, "--model", bert, *QUICK), "BertModel")
     config = tmp_path / "config.json"
     config.write_text('{"bottelneck": 3}')
@@ -472,6 +474,10 @@ def test_wrong_files_are_told(base: Path, data: Path, bert: Path, trained: Any, 
     config.write_text("[]")
     assert_mistake(run("train", data, "--model", base, "--config", config, *QUICK), "one JSON object")
     assert_mistake(run("info", data), "has no config.json")
+    assert_mistake(run("info", config), "is a file; give the folder")
+    assert_mistake(run("audit", trained.adapter, data, "--output", config, *HERE), "is a file; give a folder")
+    flat = run("eval", trained.adapter, data / "test", "--split", ".", *HERE)
+    assert flat.exit_code == 0, flat.output
     assert_mistake(run("eval", trained.adapter, data, "--split", "val", *HERE), "no split 'val'")
     assert_mistake(run("predict", trained.adapter, "a.png", "--classes", " , ", *HERE), "holds no names")
     assert_mistake(run("predict", trained.adapter, "a.png", "--classes", "@absent.txt", *HERE), "absent.txt")

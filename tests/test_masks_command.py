@@ -413,6 +413,8 @@ def test_no_mask_is_written_through_a_link_that_leaves(root: Path, tmp_path: Pat
         (("--source", "attention"), "needs --model"),
         (("--source", "whole"), "makes no masks"),
         (("--source", "atention"), "Did you mean 'attention'"),
+        (("--source", "attenton", "--model", "x"), "Did you mean 'attention'"),
+        (("--source", "BASE"), "gives no masks"),
         (("--source", "mask_sources:bright", "--model", "x"), "leave it out"),
         (("--source", "mask_sources:bright", "--format", "gif"), "format 'gif' is unknown"),
         (("--source", "mask_sources:bright", "--split", "trian"), "Did you mean 'train'"),
@@ -426,6 +428,12 @@ def test_mistakes(root: Path, base: Path, options: tuple[str, ...], words: str) 
     given = [str(base) if option == "BASE" else option for option in options]
     assert words in mistaken(root, *given)
     assert not (root / "mask").exists()
+
+
+def test_a_refused_layer_does_not_stand_in_the_way_of_the_next_run(root: Path, base: Path) -> None:
+    assert "layer 99 does not exist" in mistaken(root, "--source", "attention", "--model", base, "--layers", "99")
+    assert not (root / "mask").exists()
+    assert run("masks", root, "--source", "attention", "--model", base, *HERE).exit_code == 0
 
 
 def test_a_folder_that_is_none(root: Path, tmp_path: Path) -> None:

@@ -191,6 +191,8 @@ def test_mistakes(small_clip: CLIPModel, tokenizer: Any, pixels: Tensor) -> None
         look(model, picture, "attenton")
     with pytest.raises(FVGError, match="1 labels were given for 3 pictures|1 labels were given for"):
         panels(model, pixels, labels=["cat"])
+    with pytest.raises(FVGError, match="label 'x' is not among the"):
+        panels(model, picture, labels=["x"])
     assert not any(m._forward_hooks for m in small_clip.vision_model.encoder.layers[0].self_attn.modules())
 
 
@@ -213,6 +215,7 @@ def test_the_command(small_clip: CLIPModel, tokenizer: Any, tmp_path: Path) -> N
         ([], "has no classes of its own"),
         (["--classes", "a,b", "--map", "heat"], "maps is 'heat'"),
         (["--classes", "a,b", "--layers", "x"], "--layers is 'x'"),
+        (["--classes", "red apple,b", "--label", "red_apple"], "Did you mean 'red apple'? Give classes that hold it"),
         (["--classes", "a,b", "--label", "a", "--label", "b"], "2 --label were given for 1 pictures"),
         (["--classes", "a,b", "--output", str(tmp_path / "x.xyz")], "ends in .png"),
     ):

@@ -382,6 +382,9 @@ def test_mistakes_of_the_command(data: Path, base: Path, tmp_path: Path) -> None
         (("base-to-new", "--data", tmp_path / "none"), "is no folder"),
     ):
         assert_mistake(command("reproduce", *arguments, *here), text)
+    own = tmp_path / "own"
+    (own / "train" / "cat").mkdir(parents=True)
+    assert_mistake(command("reproduce", "base-to-new", "--data", own, *here), "is one data set")
     (tmp_path / "file").write_text("")
     assert_mistake(command("reproduce", "few-shot", "--data", data, "--output", tmp_path / "file"), "is a file")
     missing = ("--datasets", "ucf101", "--seeds", "1")

@@ -110,6 +110,10 @@ def test_mistakes_are_named(small_clip: CLIPModel, tokenizer: Any) -> None:
         wrap(BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)), tokenizer, CLASSES)
     with pytest.raises(TypeError, match="str is not a dual encoder"):
         wrap("openai/clip-vit-base-patch16", tokenizer, CLASSES)  # type: ignore[arg-type]
+    with pytest.raises(FVGError, match=r"classes is one string, 'cat'; give a list"):
+        wrap(small_clip, tokenizer, "cat")
+    with pytest.raises(FVGError, match=r"tokenizer is a list; the order is wrap\(model, tokenizer, classes\)"):
+        wrap(small_clip, ["cat", "dog"], tokenizer)
     with pytest.raises(FVGError, match="classes is missing"):
         wrap(small_clip, tokenizer)
     with pytest.raises(FVGError, match="tokenizer is missing"):

@@ -23,7 +23,9 @@ from fvg_adapter.cli.console import (
     say_progress,
     show,
     show_json,
+    split_given,
 )
+from fvg_adapter.errors import FVGError
 
 SHORT = {
     "name": ("class", "{}"),
@@ -48,7 +50,7 @@ def audit_model(
     model: Base = None,
     plain: Annotated[bool, typer.Option("--plain", help="ADAPTER is a CLIP without any adapter.")] = False,
     template: Annotated[str, typer.Option(help="Hand-written prompt for --plain.")] = "a photo of a {}.",
-    split: Annotated[str, typer.Option(help="The pictures to audit.")] = "test",
+    split: Annotated[str, typer.Option(help="The pictures to audit; '.' if class folders lie in DATA.")] = "test",
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for audit.json and report.html with overlays.")
     ] = None,
@@ -63,10 +65,11 @@ def audit_model(
     """Find out whether a model leans on backgrounds: which classes, and which pictures.
 
     Every picture is scored whole, with its background taken away, and with
-    the box around its object taken away. A class whose background alone says its name is a
-    shortcut, whatever its accuracy. Masks are needed: white where the object
-    is, in a mask/ folder that mirrors the pictures'. Pictures without one, or
-    that cannot be read, are counted and left out.
+    the box around its object taken away. A class whose background alone
+    says its name is a shortcut, whatever its accuracy. Masks are needed:
+    white where the object is, in a mask/ folder that mirrors the
+    pictures'. Pictures without one, or that cannot be read, are counted
+    and left out.
 
     Examples:
 
@@ -74,6 +77,8 @@ def audit_model(
     fvg-adapter audit out/adapter pets --output report
     fvg-adapter audit openai/clip-vit-base-patch16 pets --plain --split val
     """
+    if output is not None and output.is_file():
+        raise FVGError(f"--output {output} is a file; give a folder.")
     place = prepare(device, threads)
     from fvg_adapter.audit import audit
     from fvg_adapter.data import PairedTransform, open_dataset
@@ -83,7 +88,7 @@ def audit_model(
     loaded = _plain(adapter, template, place) if plain else load_adapter(adapter, model, place)
     encoder = getattr(loaded, "tuner", loaded).encoder
     transform = PairedTransform(encoder.image_size, *normal_of(loaded), train=False)
-    pictures = open_dataset(data, split, masks="optional", transform=transform).drop_unreadable()
+    pictures = open_dataset(data, split_given(split), masks="optional", transform=transform).drop_unreadable()
     tell = say_progress()
     if tell is not None:
         tell(f"auditing {len(pictures)} pictures of {len(pictures.classes)} classes")

@@ -176,6 +176,13 @@ def load_base(name: str, device: str) -> tuple[Any, Any]:
 
     if not sys.stderr.isatty():
         disable_progress_bar()
+    path_like = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).is_file()
+    if path_like and not Path(name).expanduser().is_dir():
+        what = "is a file, not a folder" if Path(name).is_file() else "is no folder here"
+        raise FVGError(
+            f"the model {name!r} could not be loaded: it {what}. Give a Hub id such as "
+            "openai/clip-vit-base-patch16, or a folder with config, weights and tokenizer."
+        )
     try:
         clip = AutoModel.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -266,6 +273,11 @@ def class_names(given: str) -> list[str]:
     return names
 
 
+def split_given(given: str) -> str | None:
+    """The split that an option names; None for ".", where the class folders lie in the data set's folder itself."""
+    return None if given == "." else given
+
+
 def json_object(text: str | None) -> dict[str, Any]:
     """The arguments in --tuner-options; none where it was not given.
 
@@ -277,7 +289,7 @@ def json_object(text: str | None) -> dict[str, Any]:
     from fvg_adapter import untrusted
 
     try:
-        return untrusted.parse_json(text.encode("utf-8", "replace"), "--tuner-options")
+        return untrusted.parse_json(text.encode("utf-8", "replace"), "it")
     except FVGError as error:
         raise FVGError(
             f"--tuner-options must be a JSON object such as '{{\"n_ctx\": 8}}', but is {text!r:.200}: "

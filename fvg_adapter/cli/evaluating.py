@@ -21,6 +21,7 @@ from fvg_adapter.cli.console import (
     say_progress,
     show,
     show_json,
+    split_given,
 )
 
 MEANINGS = {
@@ -47,7 +48,7 @@ def evaluate_adapter(
     adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a saved adapter.")],
     data: Annotated[str, typer.Argument(help="Folder with <split>/<class>/<pictures>, or a Hub data set.")],
     model: Base = None,
-    split: Annotated[str, typer.Option(help="The pictures to score.")] = "test",
+    split: Annotated[str, typer.Option(help="The pictures to score; '.' if class folders lie in DATA.")] = "test",
     batch: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 64,
     device: Device = None,
     threads: Threads = None,
@@ -75,7 +76,7 @@ def evaluate_adapter(
     loaded = load_adapter(adapter, model, place)
     encoder = getattr(loaded, "tuner", loaded).encoder
     transform = PairedTransform(encoder.image_size, *normal_of(loaded), train=False)
-    pictures = open_dataset(data, split, masks="optional", transform=transform).drop_unreadable()
+    pictures = open_dataset(data, split_given(split), masks="optional", transform=transform).drop_unreadable()
     known = set(loaded.base_classes)
     groups = [[i for i, name in enumerate(pictures.classes) if (name in known) is seen] for seen in (True, False)]
     sets = [pictures.keep_classes(group) if group else None for group in groups]

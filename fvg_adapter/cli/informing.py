@@ -17,14 +17,15 @@ _MANY = 12
 
 @mistakes_told
 def describe_adapter(
-    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a saved adapter; or any file.")],
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a saved adapter; or another file or folder.")],
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Explain a saved adapter: kind, classes, base model, sizes, versions, unusual settings.
 
-    Only the adapter's own files are read; the base model is not loaded. What is no adapter of ours (a base model, a
-    Dassl checkpoint, a PEFT adapter, a training's checkpoint, a bank, pictures) is named, with what to do with it.
+    Only the adapter's own files are read; the base model is not loaded. What
+    is no adapter of ours (a base model, a Dassl checkpoint, a PEFT adapter, a
+    training's checkpoint, a bank) is named, with what to do with it.
 
     Examples:
 

@@ -23,7 +23,7 @@ from fvg_adapter.cli.console import (
     show,
     show_json,
 )
-from fvg_adapter.errors import FVGError
+from fvg_adapter.errors import FVGError, closest
 
 if TYPE_CHECKING:
     from fvg_adapter.mask_files import MaskSummary
@@ -169,6 +169,7 @@ def _maker(source: str, place: str, **given: Any) -> tuple[Maker, dict[str, Any]
     if source in ("given", "whole"):
         raise FVGError(f"--source {source!r} makes no masks; give attention, a segmenter, or package.module:callable.")
     if source == "attention":
+        from fvg_adapter.attention import record_attention
         from fvg_adapter.config import FVGConfig
         from fvg_adapter.towers import DualEncoder
 
@@ -181,12 +182,17 @@ def _maker(source: str, place: str, **given: Any) -> tuple[Maker, dict[str, Any]
         )
         config.validate()
         clip, _ = load_base(given["model"], place)
+        with record_attention(clip, config.attention_layers):
+            pass  # a layer that does not exist is told before anything is written
         make = attention_masks(clip, config, DualEncoder(clip).image_size)
         settings = {"source": source, "model": given["model"], "layers": list(config.attention_layers)}
         settings |= {"attention_threshold": config.attention_threshold}
     else:
         if given["model"] is not None:
-            raise FVGError("--model is the CLIP of --source attention; leave it out.")
+            near = closest(source, ["attention"])
+            raise FVGError(
+                f"--source is {source!r}. {near}--model is the CLIP of --source attention; else leave it out."
+            )
         options: dict[str, Any] = {name: given[name] for name in ("prompt", "threshold", "score")}
         options |= {"labels": _labels(given["labels"]), "batch_size": given["batch"]}
         named = source_named(source, device=place, **options, largest=largest, fill_holes=fill is not False)

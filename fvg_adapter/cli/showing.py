@@ -78,7 +78,7 @@ def show_pictures(
         raise FVGError('a plain CLIP has no classes of its own: give --classes "cat,dog" or --classes @FILE.')
     place = prepare(device, threads)
     from fvg_adapter.data.images import read_mask, read_picture
-    from fvg_adapter.panels import draw, look
+    from fvg_adapter.panels import check_labels, draw, look
 
     pictures = [read_picture(path, str(path)) for path in images]
     for given, option in ((mask, "--mask"), (label, "--label")):
@@ -89,6 +89,7 @@ def show_pictures(
         masks = [read_mask(path, str(path), picture) for path, picture in zip(mask, pictures, strict=True)]
     loaded = _plain(adapter, names, template, place) if plain else load_adapter(adapter, model, place)
     normal = normal_of(loaded)
+    check_labels(label or [], names or loaded.classes)
     found = look(
         loaded,
         [p.image for p in pictures],

@@ -35,7 +35,7 @@ def split_folder(root: Path, split: str | None) -> Path:
     if split not in found:
         raise DataError(
             f"{root} has no split {split!r}. {suggestion(split, found)} "
-            "If the class folders lie in it directly, use split=None."
+            "If the class folders lie in it directly, use split=None (in a command: --split .)."
         )
     return root / split
 

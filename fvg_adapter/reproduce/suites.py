@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fvg_adapter.data import ELEVEN, VARIANTS, paper_set
+from fvg_adapter.data.layout import split_names
 from fvg_adapter.data.paper_sets import HUB_REPO
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.untrusted import read_json
@@ -85,13 +86,18 @@ def paper_suite(root: str | os.PathLike[str]) -> Suite:
     """The paper's eleven data sets and ImageNet's variants below a folder, or on the Hub (root "hub").
 
     Raises:
-        FVGError: no such folder.
+        FVGError: no such folder, or one data set of a user's own (train/<class>/…).
     """
     place = os.fspath(root)
     if place not in (HUB, HUB_REPO):
         if not Path(place).expanduser().is_dir():
             raise FVGError(f"--data {place!r} is no folder. Give the one that holds the data sets, or {HUB!r}.")
         place = str(Path(place).expanduser().absolute())
+        if "train" in split_names(Path(place)):  # else each of the eleven would be read from the same pictures
+            raise FVGError(
+                f"--data {os.fspath(root)!r} is one data set, with its classes in train/. Give the folder that holds "
+                "the paper's data sets, or name data sets of your own in a --suite FILE."
+            )
     return Suite("paper", dict.fromkeys(ELEVEN, place), variants=dict.fromkeys(VARIANTS, place))
 
 

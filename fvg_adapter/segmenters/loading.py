@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from fvg_adapter.errors import FVGError
+from fvg_adapter.layouts import layout_of
 from fvg_adapter.untrusted import read_json
 
 LOADED_AS = {"sam2_video": "Sam2Model", "sam3_video": "Sam3Model", "sam3_tracker_video": "Sam3TrackerModel"}
@@ -30,6 +31,12 @@ def load_model(name: str, *, trust_remote_code: bool = False, revision: str | No
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
         architecture = LOADED_AS.get(config.model_type) or (getattr(config, "architectures", None) or [""])[0]
+        if layout_of(config) is not None and "ForImageSegmentation" not in architecture:
+            raise FVGError(
+                f"{name!r} is a {architecture or config.model_type!r}, a base model that gives no masks; its attention "
+                "does: give the source attention (fvg-adapter masks: --source attention --model), or a segmenter such "
+                "as CIDAS/clipseg-rd64-refined."
+            )
         kind = getattr(transformers, architecture, None)
         if kind is None:
             if not getattr(config, "auto_map", None):

@@ -249,7 +249,7 @@ def _outputs(folder: Path) -> str:
 
 def _command_result(folder: Path) -> Any:
     results = json.loads((folder / "out" / "results.json").read_text())
-    del results["settings"]  # holds the wall time and the folder
+    del results["settings"], results["cost"]  # they hold the wall time, speeds and the folder
     adapter = {k: v for k, v in tree(folder / "out/adapter").items() if k != "config.json"}  # the folder's name
     with Image.open(folder / "out/picture.png") as picture:
         return results, adapter, tree(folder / "bank"), picture.size
