@@ -4,7 +4,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-slow test-browser test-low coverage mutation check docs notebooks benchmarks hostile fuzz lock \
+.PHONY: demo test test-slow test-soak test-browser test-low coverage mutation check docs notebooks benchmarks hostile fuzz lock \
     audit-packages licences sbom clean
 
 # CI sets LOCK=.ci/requirements.lock: then everything but torch comes in the versions and with the hashes of that file.
@@ -55,6 +55,10 @@ coverage: $(VENV)/.installed
 # Small changes to the code, one at a time: do the tests notice? Half an hour on two idle cores.
 mutation: $(VENV)/.installed
 	$(BIN)/python tests/mutation.py
+
+# Two thousand steps of every tuner and of the heads behind it: nothing may grow, drift or become NaN.
+test-soak: $(VENV)/.installed
+	$(BIN)/python -m pytest -m soak -s
 
 # Needs Chromium (apt-get install chromium).
 test-browser: $(VENV)/.installed

@@ -73,7 +73,7 @@ class DualEncoder:
         if layout is None or vision_tower(base, layout) is None:
             raise TypeError(_unsupported(base))
         self.model = base
-        self.layout = layout
+        self.layout: Layout = layout
         if layout.head is not None and not has(self.vision, layout.head_path):
             self.layout = replace(layout, head=None, averaged=True)
         self.projection = projection

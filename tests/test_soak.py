@@ -76,7 +76,7 @@ def check(what: str, losses: list[float], growth: dict[str, float]) -> None:
     assert growth["rss_bytes_a_step"] < 2048  # the allocator's own noise; a leaked batch of features would be 16 KiB
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("kind", MAKERS)
 def test_heads(kind: str, small_clip: CLIPModel, tokenizer: Any, pixels: Tensor) -> None:
     """Masks given, made of attention, and none usable, in turn; scored over other classes between steps."""
@@ -106,7 +106,7 @@ def test_heads(kind: str, small_clip: CLIPModel, tokenizer: Any, pixels: Tensor)
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("kind", MAKERS)
 def test_prompts(kind: str, small_clip: CLIPModel, tokenizer: Any, pixels: Tensor) -> None:
     tuner = made(kind, small_clip, tokenizer).train()
