@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fvg_adapter.errors import FVGError
-from fvg_adapter.layouts import LAYOUTS, at, has, layout_of, text_tower, vision_tower
+from fvg_adapter.layouts import LAYOUTS, Layout, at, has, layout_of, text_tower, vision_tower
 from fvg_adapter.modes import full_precision
 
 

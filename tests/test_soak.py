@@ -1,6 +1,6 @@
 """Two thousand steps: no NaN, frozen weights bit-equal, no growth of memory.
 
-python -m pytest -m slow tests/test_soak.py -s      # prints the figures of docs/reliability.md
+python -m pytest -m soak tests/test_soak.py -s      # prints the figures of docs/reliability.md
 """
 
 from __future__ import annotations
