@@ -105,7 +105,8 @@ def load_base_model(record: Mapping[str, Any], **hub: Any) -> nn.Module:
                 f"the base model {source!r} is a {getattr(found, 'model_type', None)!r}, which is no dual encoder that "
                 "this library knows; nothing more of it was loaded."
             )
-        model: nn.Module = _cached_first(AutoModel, source, revision, ("config.json",), hub)
+        weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+        model: nn.Module = _cached_first(AutoModel, source, revision, weights, hub)
     except hub_errors() as error:
         if isinstance(error, FVGError):
             raise

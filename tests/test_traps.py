@@ -75,8 +75,8 @@ TRAPS = {
     ),
     "templates normalised one by one": Trap(
         "tuners/promptsrc.py",
-        "total + self._encode(self.tokenized([fill(template, c) for c in self._classes]))",
-        "total + F.normalize(self._encode(self.tokenized([fill(template, c) for c in self._classes])), dim=-1)",
+        "total + self._encode(self.tokenized([fill(template, c) for c in self.classes]))",
+        "total + F.normalize(self._encode(self.tokenized([fill(template, c) for c in self.classes])), dim=-1)",
         SRC,
     ),
     "the KL divided by B": Trap("tuners/promptsrc.py", "divergence / logits.numel()", "divergence / len(logits)", SRC),
