@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import socket
 import subprocess
@@ -170,4 +171,5 @@ def test_two_processes_write_the_bank_of_one(two_processes: Path, tmp_path: Path
 
 if __name__ == "__main__":
     work(Path(sys.argv[1]))
+    gc.collect()  # DDP in a cycle would keep the threads of gloo
     torch.distributed.destroy_process_group()  # its threads must have ended before the interpreter does

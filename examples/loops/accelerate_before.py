@@ -40,4 +40,5 @@ for batch in test_loader:
 accelerator.print(f"accuracy {100 * right / len(test):.1f} %")
 if accelerator.is_main_process:
     accelerator.unwrap_model(model).push_to_hub("me/pets")
+accelerator.wait_for_everyone()  # a launcher stops the others when one that has left fails
 accelerator.end_training()
