@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from conftest import CLASSES
 from fvg_adapter import FeatureBank, FVGConfig, load, wrap
 from fvg_adapter.audit import audit
-from fvg_adapter.cli import app
+from fvg_adapter.cli import COMMANDS, app
 from fvg_adapter.data import DataError, MaskedImageFolder
 from fvg_adapter.errors import FVGError
 from fvg_adapter.progress import counting
@@ -205,6 +205,21 @@ def test_seeds_decide_the_bits(small_clip: Any, tokenizer: Any) -> None:
 
 
 # -- shell completion --------------------------------------------------------------------------------------------------
+
+
+def test_the_help_of_all_reads_no_command() -> None:
+    code = (
+        "import sys; from fvg_adapter.cli import app; app(['--help'], standalone_mode=False); "
+        "print([m for m in sys.modules if m.startswith('fvg_adapter.cli.')])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    shown, _, modules = found.stdout.rstrip().rpartition("\n")
+    assert modules == "[]" and all(name in shown for name in COMMANDS)
+
+
+def test_the_nearest_command_is_named() -> None:
+    found = CliRunner().invoke(app, ["audt"])
+    assert found.exit_code == 2 and "'audit'" in found.output
 
 
 def complete(shell: str, words: str, **more: str) -> str:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from fvg_adapter import __version__
-from fvg_adapter.cli.auditing import audit_model
-from fvg_adapter.cli.converting import convert_checkpoint
-from fvg_adapter.cli.evaluating import evaluate_adapter
-from fvg_adapter.cli.informing import describe_adapter
-from fvg_adapter.cli.masking import write_mask_files
-from fvg_adapter.cli.predicting import predict_images
-from fvg_adapter.cli.pushing import push_adapter
-from fvg_adapter.cli.reproducing import reproduce_tables
-from fvg_adapter.cli.showing import show_pictures
-from fvg_adapter.cli.training import train_and_compare
 
 __all__ = ["app", "main"]
+
+COMMANDS = {
+    "train": ("training", "train_and_compare", "Tune prompts, add FVG-PT, score everything."),
+    "eval": ("evaluating", "evaluate_adapter", "Score a saved adapter on a data set."),
+    "predict": ("predicting", "predict_images", "Name what is in pictures, among any classes."),
+    "info": ("informing", "describe_adapter", "Explain a saved adapter, or any other file."),
+    "push": ("pushing", "push_adapter", "Share a saved adapter on the Hub."),
+    "convert": ("converting", "convert_checkpoint", "Turn a checkpoint of Dassl's into an adapter."),
+    "masks": ("masking", "write_mask_files", "Write foreground masks for a data set."),
+    "show": ("showing", "show_pictures", "See what decides an answer, before and after."),
+    "audit": ("auditing", "audit_model", "Find out whether a model takes shortcuts."),
+    "reproduce": ("reproducing", "reproduce_tables", "Make the paper's tables, resumable."),
+}
+"""{name: (module of this package, function, what the help says)}"""
 
 
 class WithPanels(TyperCommand):
@@ -29,27 +34,43 @@ class WithPanels(TyperCommand):
         super().__init__(*args, **{**kwargs, "rich_markup_mode": "rich"})
 
 
-app: typer.Typer = typer.Typer(
-    name="fvg-adapter",
-    no_args_is_help=True,
-    add_completion=True,
-    rich_markup_mode=None,  # rich takes twice as long to import as everything else that this help needs
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for _name, _command, _short in (
-    ("train", train_and_compare, "Tune prompts, add FVG-PT, score everything."),
-    ("eval", evaluate_adapter, "Score a saved adapter on a data set."),
-    ("predict", predict_images, "Name what is in pictures, among any classes."),
-    ("info", describe_adapter, "Explain a saved adapter, or any other file."),
-    ("push", push_adapter, "Share a saved adapter on the Hub."),
-    ("convert", convert_checkpoint, "Turn a checkpoint of Dassl's into an adapter."),
-    ("masks", write_mask_files, "Write foreground masks for a data set."),
-    ("show", show_pictures, "See what decides an answer, before and after."),
-    ("audit", audit_model, "Find out whether a model takes shortcuts."),
-    ("reproduce", reproduce_tables, "Make the paper's tables, resumable."),
-):
-    app.command(_name, cls=WithPanels, short_help=_short)(_command)
+class WhenAsked(TyperGroup):
+    """Imports a command when it is asked for: to read the signatures of all takes longer than the rest of the help."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.commands: dict[str, Any] = dict.fromkeys(COMMANDS)  # the names suffice to suggest the nearest one
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of this name, imported now; None when there is none."""
+        if cmd_name in COMMANDS and self.commands[cmd_name] is None:
+            module, function, short = COMMANDS[cmd_name]
+            alone = _bare(add_completion=False)
+            run = getattr(importlib.import_module(f"fvg_adapter.cli.{module}"), function)
+            alone.command(cmd_name, cls=WithPanels, short_help=short)(run)
+            self.commands[cmd_name] = typer.main.get_command(alone)
+        return self.commands.get(cmd_name)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """One line each, without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, short) for name, (_, _, short) in COMMANDS.items()])
+
+
+def _bare(**settings: Any) -> typer.Typer:
+    return typer.Typer(
+        rich_markup_mode=None,  # rich takes twice as long to import as everything else that the help needs
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        **settings,
+    )
+
+
+app: typer.Typer = _bare(name="fvg-adapter", cls=WhenAsked, no_args_is_help=True)
 
 
 def _version(wanted: bool) -> None:
