@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -271,6 +271,35 @@ def class_names(given: str) -> list[str]:
     if not names:
         raise FVGError(f"--classes {given!r} holds no names; give them like cat,dog or as @FILE, one a line.")
     return names
+
+
+def picture_files(given: Sequence[Path]) -> list[Path]:
+    """Files as given, and for a folder every picture below it, by name.
+
+    Raises:
+        FVGError: a folder without any picture.
+    """
+    from fvg_adapter.data.images import EXTENSIONS, is_image_name
+
+    found: list[Path] = []
+    for path in given:
+        inside = [path]
+        if path.is_dir():
+            below = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+            inside = sorted(p for p in below if is_image_name(p.name) and p.is_file())
+        if not inside:
+            raise FVGError(
+                f"the folder {path} holds no pictures; files that end in {', '.join(EXTENSIONS)} are expected."
+            )
+        found += inside
+    return found
+
+
+def refuse_folders(given: Sequence[Path]) -> None:
+    """Raises FVGError where a folder is given in place of a file."""
+    for path in given:
+        if path.is_dir():
+            raise FVGError(f"{path} is a folder; give picture files, such as {path}/*.jpg.")
 
 
 def split_given(given: str) -> str | None:

@@ -116,7 +116,7 @@ def reproduce_tables(
     from fvg_adapter.reproduce import PROTOCOLS, Plan, paper_suite, read_suite, run
     from fvg_adapter.reproduce.suites import chosen
     from fvg_adapter.train import PRECISIONS
-    from fvg_adapter.tuners import tuner_named
+    from fvg_adapter.tuners.registry import tuner_to_train
 
     if protocol not in PROTOCOLS:
         raise FVGError(f"the protocol {protocol!r} is unknown. {nearest(protocol, PROTOCOLS)}")
@@ -145,7 +145,7 @@ def reproduce_tables(
         protocol=protocol,
         suite=found,
         datasets=names,
-        tuners=[tuner_named(name).kind for name in split_names(tuners)],
+        tuners=[tuner_to_train(name).kind for name in split_names(tuners)],
         model=found.name if base == found.model else base,
         output=output,
         seeds=seed_numbers(seeds),

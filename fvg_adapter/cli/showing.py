@@ -19,6 +19,7 @@ from fvg_adapter.cli.console import (
     mistakes_told,
     normal_of,
     prepare,
+    refuse_folders,
     show,
     show_json,
 )
@@ -76,6 +77,7 @@ def show_pictures(
     names = None if classes is None else class_names(classes)
     if plain and names is None:
         raise FVGError('a plain CLIP has no classes of its own: give --classes "cat,dog" or --classes @FILE.')
+    refuse_folders([*images, *(mask or [])])
     place = prepare(device, threads)
     from fvg_adapter.data.images import read_mask, read_picture
     from fvg_adapter.panels import check_labels, draw, look

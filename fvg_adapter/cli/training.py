@@ -178,15 +178,15 @@ def train_and_compare(
     from fvg_adapter.protocols import base_to_new
     from fvg_adapter.segmenters import source_named
     from fvg_adapter.train import PRECISIONS
-    from fvg_adapter.tuners import tuner_named
     from fvg_adapter.tuners.recipes import recipe_on
+    from fvg_adapter.tuners.registry import tuner_to_train
     from fvg_adapter.tuners.templates import dataset_name
 
     if precision not in PRECISIONS:
         raise FVGError(f"--precision {precision!r} is unknown. {nearest(precision, PRECISIONS)}")
     sys.path.insert(0, str(Path.cwd()))  # where a tuner or a source of one's own lies
     source = source_named(foreground, device=place)
-    kind = tuner_named(tuner).kind
+    kind = tuner_to_train(tuner).kind
     recipe = recipe_on(kind, dataset or Path(data).name)
     if template is None:
         template = recipe.arguments["template"]
