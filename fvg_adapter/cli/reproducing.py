@@ -74,6 +74,14 @@ def reproduce_tables(
         str,
         typer.Option(help="Masks of pictures without a mask file: given (none) or attention.", rich_help_panel=_WHAT),
     ] = "given",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="paper, or plus: other values of FVGConfig (docs/plus.md), into a folder of their own.",
+            rich_help_panel=_WHAT,
+            show_default="paper",
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="FVGConfig fields as JSON.", rich_help_panel=_WHAT)
     ] = None,
@@ -153,7 +161,7 @@ def reproduce_tables(
         targets=others,
         views=views,
         controls=controls,
-        config=fvg_config(config, {}, base),
+        config=fvg_config(config, {}, base, preset),
         precision=precision,
         foreground=foreground,
         banks=banks,
