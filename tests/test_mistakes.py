@@ -50,7 +50,9 @@ def test_options_that_a_tuner_does_not_have_are_told_before_anything_is_encoded(
 
     monkeypatch.setattr(FeatureBank, "encode", never)
     result = run("train", data, "--model", base, "--tuner-options", '{"n_ctxx": 8}', *QUICK)
-    assert_mistake(result, "has no option 'n_ctxx'", "Did you mean 'n_ctx'?")
+    assert_mistake(result, "--tuner-options do not fit CoOp: it takes no 'n_ctxx'", "Did you mean 'n_ctx'?")
+    with pytest.raises(FVGError, match=r"has no option 'n_ctxx'. Did you mean 'n_ctx'\?"):
+        base_to_new(*load_base(str(base), "cpu"), data, tuner_options={"n_ctxx": 8})
 
 
 @pytest.mark.parametrize("command", ["eval", "predict", "show", "audit", "push"])
@@ -109,3 +111,66 @@ def test_measuring_without_masks_is_no_mistake(base: Path, data: Path) -> None:
         FeatureBank.encode(model, pictures)
     with pytest.raises(FVGError, match="2 of 2 masks are missing"):
         model(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))
+
+
+# -- numbers, options and folders --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--seeds", "99999999999999999999"), ("--seeds", "from 0 to 4294967295")),
+        (("--lr", "inf"), ("--lr must be a finite number above 0, but is inf",)),
+        (("--tune-lr", "nan"), ("--tune-lr must be a finite number above 0, but is nan",)),
+        (("--tuner-options", '{"n_ctx": "8"}'), ("--tuner-options", "n_ctx is '8'", "a whole number")),
+        (("--tuner-options", '{"model": 3}'), ("--tuner-options", "takes no 'model'")),
+        (("--output", f"{__file__}/below"), (f"{__file__} is a file", "give a folder")),
+    ],
+)
+def test_what_cannot_be_is_told_before_the_model_is_loaded(
+    options: tuple[str, str], told: tuple[str, ...], base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*unused: Any) -> None:
+        raise AssertionError("the base model was loaded")
+
+    monkeypatch.setattr("fvg_adapter.cli.training.load_base", never)
+    assert_mistake(run("train", data, "--model", base, *QUICK, *options), *told)
+
+
+def test_an_output_below_a_file_is_told_by_every_command(base: Path, data: Path, trained: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    below, picture = ("--output", tmp_path / "file" / "deep" / "er"), data / "test" / "cat" / "0.png"
+    for command in (
+        ("audit", trained.adapter, data, *below),
+        ("show", trained.adapter, picture, "--output", tmp_path / "file" / "deep" / "x.png"),
+        ("masks", data, "--source", "attention", "--model", base, *below),
+        ("reproduce", "base-to-new", "--data", tmp_path, "--model", base, *below),
+    ):
+        assert_mistake(run(*command, *HERE), f"{tmp_path / 'file'} is a file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_adapter_in_a_base_models_place(trained: Any, data: Path, base: Path) -> None:
+    result = run("train", data, "--model", trained.adapter, *QUICK)
+    assert_mistake(result, "is a saved adapter, not a base model", str(base))
+
+
+def test_a_split_in_the_data_sets_place(base: Path, data: Path) -> None:
+    result = run("train", data / "train", "--model", base, *QUICK)
+    assert_mistake(result, "has no split 'train'", f"Did you mean the folder above, {data}?")
+
+
+def test_more_shots_than_there_are_pictures_is_told(base: Path, data: Path) -> None:
+    options = ("--seeds", "1,2", "--no-controls", "--shots", "5")
+    result = run("train", data, "--model", base, *QUICK, *options)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("warning: ") == 1
+    assert "4 of 4 classes have fewer than 5 training pictures (the fewest: 3 of 'apple')" in result.stderr
+    assert "warning: " not in run("train", data, "--model", base, *QUICK, *options[:3], "--shots", "3").stderr
+
+
+def test_a_learning_rate_that_is_never_used_is_told(base: Path, data: Path) -> None:
+    result = run("train", data, "--model", base, *QUICK, "--seeds", "1", "--epochs", "1", "--lr", "5", "--no-controls")
+    assert result.exit_code == 0, result.stderr
+    assert "warning: --lr 5.0 is never used: the only epoch is the warm-up, at 1e-05" in result.stderr
+    assert "tune-lr" not in result.stderr

@@ -14,6 +14,7 @@ from fvg_adapter.cli.console import (
     Debug,
     Device,
     Threads,
+    check_folder,
     load_base,
     mistakes_told,
     prepare,
@@ -132,8 +133,7 @@ def reproduce_tables(
         raise FVGError(f"--precision {precision!r} is unknown. {nearest(precision, PRECISIONS)}")
     if (data is None) == (suite is None):
         raise FVGError("give either --data, the folder that holds the paper's data sets, or --suite FILE.")
-    if output.exists() and not output.is_dir():
-        raise FVGError(f"--output {output} is a file; give a folder.")
+    check_folder(output)
     found = read_suite(suite) if suite is not None else paper_suite(data or "")
     base = model or found.model
     if base is None:

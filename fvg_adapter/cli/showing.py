@@ -13,6 +13,7 @@ from fvg_adapter.cli.console import (
     Debug,
     Device,
     Threads,
+    check_folder,
     class_names,
     load_adapter,
     load_base,
@@ -77,6 +78,7 @@ def show_pictures(
     names = None if classes is None else class_names(classes)
     if plain and names is None:
         raise FVGError('a plain CLIP has no classes of its own: give --classes "cat,dog" or --classes @FILE.')
+    check_folder(output.absolute().parent)
     refuse_folders([*images, *(mask or [])])
     place = prepare(device, threads)
     from fvg_adapter.data.images import read_mask, read_picture
