@@ -52,8 +52,8 @@ def predict_images(
 
     No mask is needed. Classes that the adapter was tuned on are scored by its
     base branch, others by its new branch, a mixture by both. A folder stands
-    for every picture below it. Pictures that cannot be read are named on stderr, the others are scored, and the exit
-    code is 2.
+    for every picture below it. Pictures that cannot be read are named on
+    stderr, the others are scored, and the exit code is 2.
 
     Examples:
 
