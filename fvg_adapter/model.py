@@ -338,7 +338,7 @@ class FVGModel(nn.Module, Pretrained):
             classes: the class name of each picture, for foreground sources that are asked with it.
         """
         source = self.foreground if masks == "training" else None
-        return self._encoder().encode(
+        return self._encoder(learning=self.training and not measure).encode(
             pixel_values,
             foreground_mask,
             source,
@@ -382,8 +382,9 @@ class FVGModel(nn.Module, Pretrained):
             attended=not learning,
         )
 
-    def _encoder(self) -> ViewEncoder:
-        return ViewEncoder(self.tuner, self.config, self._probe, learning=self.training)
+    def _encoder(self, *, learning: bool | None = None) -> ViewEncoder:
+        learning = self.training if learning is None else learning
+        return ViewEncoder(self.tuner, self.config, self._probe, learning=learning)
 
     # -- use -------------------------------------------------------------------------------------------------------
 

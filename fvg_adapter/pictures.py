@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +74,7 @@ class Drawing:
     def shown(self, data: Source, wanted: Sequence[int] | None = None) -> tuple[Any, Any]:
         """The few-shot pictures of the wanted (else all) classes, as the heads and as the tuner see them."""
         pool = self.pool(data, self.crop_scale)
+        _tell_few(pool, self.shots)
         drawn = few_shot_indices(pool.labels, self.shots, seed=self.seed)[0]
         keep = range(len(pool.classes)) if wanted is None else wanted
         train = tune = _only(pool.subset(drawn), keep).drop_unreadable()
@@ -79,6 +82,19 @@ class Drawing:
             other = self.pool(data, self.tune_crop_scale)
             tune = _only(other.subset(drawn), keep).drop_unreadable()
         return train, tune
+
+
+def _tell_few(pool: Any, shots: int) -> None:
+    """Warns where classes have fewer pictures than are drawn: CoOp's draw takes all of them, without a word."""
+    counts = Counter(int(label) for label in pool.labels)
+    few = [label for label, count in counts.items() if count < shots]
+    if few:
+        least = min(few, key=counts.__getitem__)
+        warnings.warn(
+            f"{len(few)} of {len(counts)} classes have fewer than {shots} training pictures (the fewest: "
+            f"{counts[least]} of {pool.classes[least]!r}); all of theirs are taken.",
+            stacklevel=1,
+        )
 
 
 def whole_split(data: Source, drawing: Drawing, test_splits: Sequence[str] = ("test",)) -> Split:

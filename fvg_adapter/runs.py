@@ -34,9 +34,10 @@ from fvg_adapter.pictures import Drawing, Source, Split
 from fvg_adapter.results import Results, write_json
 from fvg_adapter.towers import DualEncoder
 from fvg_adapter.train import FitResult, fit
-from fvg_adapter.tuners import Tuner, ZeroShot, tuner_named
+from fvg_adapter.tuners import Tuner, ZeroShot
 from fvg_adapter.tuners.prompts import DEFAULT_TEMPLATE
 from fvg_adapter.tuners.recipes import Stage, recipe_for
+from fvg_adapter.tuners.registry import tuner_to_train
 from fvg_adapter.wrapping import wrap
 
 _log = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ def start_run(
     cost: bool = False,
 ) -> Run:
     """What stays the same over the seeds; see `base_to_new`."""
-    kind = tuner_named(tuner)
+    kind = tuner_to_train(tuner)
+    _check_options(kind, tuner_options or {})
     recipe = recipe_for(kind.kind)
     if not seeds:
         raise FVGError("seeds is empty; give at least one, such as seeds=(1, 2, 3).")
@@ -106,6 +108,14 @@ def start_run(
         variants=variants or {},
         cost=cost,
     )
+
+
+def _check_options(tuner: type[Tuner], options: Mapping[str, Any]) -> None:
+    """Raises FVGError where a tuner has no such option; the message gives the nearest."""
+    known = inspect.signature(tuner).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
+        for name in sorted(set(options) - set(known)):
+            raise FVGError(f"a {tuner.kind!r} tuner has no option {name!r}. {nearest(name, list(known)[3:])}")
 
 
 def over_seeds(
@@ -245,10 +255,7 @@ def _one_seed(run: Run, split: Split, seed: int, results: Results, folder: Path 
         plain.detach()
 
     torch.manual_seed(seed)
-    known = inspect.signature(run.tuner).parameters
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
-        for name in set(run.options) - set(known):
-            raise FVGError(f"a {run.tuner.kind!r} tuner has no option {name!r}. {nearest(name, list(known)[3:])}")
+    _check_options(run.tuner, run.options)
     try:
         tuner = run.tuner(run.clip, run.tokenizer, split.base_classes, **run.options)
     except TypeError as error:

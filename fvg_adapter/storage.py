@@ -353,8 +353,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FVGError(f"{folder} has no {CONFIG_FILE}; it was not written by fvg_adapter's save_pretrained.")
     config = read_json(path, "a config")
     if config.get("format") != FORMAT:
+        if isinstance(config.get("model_type"), str):
+            raise FVGError(
+                f"{path} is the config of a base model (model_type {config['model_type']!r:.80}), not of an adapter: "
+                f"train one for it (`fvg-adapter train DATA --model {folder} --output out`, or wrap in Python). To ask "
+                "the base model as it is: `fvg-adapter show` or `audit` with --plain, or a ZeroShot tuner in Python."
+            )
         raise FVGError(
-            f"{path} is no fvg_adapter config (its 'format' is not {FORMAT!r}); is this another library's folder?"
+            f"{path} is no fvg_adapter config (its 'format' is not {FORMAT!r}); is this another library's folder? "
+            "`fvg-adapter info` names what a file or folder holds."
         )
     version = config.get("format_version")
     if type(version) is not int or version < 1:

@@ -32,6 +32,13 @@ from fvg_adapter.tuners.passes import beside
 
 Source = str | ForegroundSource
 
+_NO_MASKS = (
+    "none of a batch's masks is usable (missing, empty, or covering a share of the picture outside {}): its pictures "
+    "have no foreground and train with r = 0. If that is not meant, see that foreground_mask reaches the model, or "
+    "take masks from elsewhere: foreground='attention', a segmenter (--foreground attention), or `fvg-adapter masks`."
+)
+"""One text whatever the batch: Python shows a warning of one text and place once."""
+
 
 @dataclass(frozen=True)
 class Views:
@@ -244,14 +251,7 @@ class ViewEncoder:
                 f"{self.config.usable_area}; give usable masks or set unusable_mask='skip'."
             )
         if _none(usable):
-            warnings.warn(
-                f"none of the {len(usable)} masks of this batch is usable (missing, empty, or an area outside "
-                f"{self.config.usable_area}); these images have no foreground (r = 0). If every batch says so, check "
-                "that "
-                "foreground_mask reaches the model.",
-                ForegroundWarning,
-                stacklevel=2,
-            )
+            warnings.warn(_NO_MASKS.format(self.config.usable_area), ForegroundWarning, stacklevel=1)
 
 
 def _none(usable: Tensor) -> bool:

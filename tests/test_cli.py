@@ -436,7 +436,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--tuner-options", "[1]"), "must be a JSON object"),
         (("--foreground", "mask"), "foreground source 'mask' is unknown"),
         (("--precision", "bf61"), "Did you mean 'bf16'?"),
-        (("--lr", "-1"), "--lr must be above 0"),
+        (("--lr", "-1"), "--lr must be a finite number above 0"),
         (("--lambda-distill", "-1"), "lambda_distill must not be negative"),
         (("--config", "nowhere.json"), "nowhere.json"),
         (("--test-split", "tets"), "no split 'tets'"),

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_wrapping import assert_same, snapshot
 from torch import Tensor
 from transformers import CLIPModel
 
@@ -220,6 +224,47 @@ def test_files_that_do_not_fit(small_clip: CLIPModel, tokenizer: Any, tmp_path: 
     weights.unlink()
     with pytest.raises(FVGError, match="has no lora/adapter_model"):
         load(folder, clip=plain, tokenizer=tokenizer)
+
+
+def test_a_damaged_adapter_is_refused_before_the_model_is_touched(
+    small_clip: CLIPModel, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = copy.deepcopy(small_clip)
+    whole = LoRA(small_clip, tokenizer, NAMES).save_pretrained(tmp_path / "whole")
+    weights, settings = "lora/adapter_model.safetensors", "lora/adapter_config.json"
+    config = json.loads((whole / "config.json").read_text())
+    del config["sha256"][weights], config["sha256"][settings]  # so that no hash tells
+    (whole / "config.json").write_text(json.dumps(config))
+
+    def cut(folder: Path) -> None:
+        (folder / weights).write_bytes((folder / weights).read_bytes()[:-8])
+
+    def not_finite(folder: Path) -> None:
+        tensors = load_file(folder / weights)
+        tensors[min(tensors)][0, 0] = math.nan
+        save_file(tensors, folder / weights)
+
+    def never(*unused: Any, **unused_too: Any) -> None:
+        raise AssertionError("the model was touched")
+
+    monkeypatch.setattr(LoRA, "__init__", never)
+    before = snapshot(plain)
+    for number, (damage, told) in enumerate(
+        (
+            (lambda folder: shutil.rmtree(folder / "lora"), "has no lora/adapter_model"),
+            (lambda folder: (folder / weights).unlink(), "has no lora/adapter_model"),
+            (lambda folder: (folder / settings).unlink(), "adapter_config.json is no file"),
+            (lambda folder: (folder / settings).write_text("{"), "not valid JSON"),
+            (cut, "no whole safetensors file"),
+            (not_finite, "NaN or infinite"),
+        )
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(whole, folder)
+        damage(folder)
+        with pytest.raises(FVGError, match=told):
+            load(folder, clip=plain, tokenizer=tokenizer)
+        assert_same(before, snapshot(plain))
 
 
 def test_files_without_the_adapters_say_so(

@@ -183,7 +183,7 @@ def test_unusable_masks_train_with_r_0(model: FVGModel, pixels: Tensor) -> None:
     masks[2] = 1
     output = model(pixels, LABELS, masks)
     assert [bool(r) for r in output.foreground_trust] == [True, False, False, True]
-    with pytest.warns(ForegroundWarning, match="none of the 4 masks"):
+    with pytest.warns(ForegroundWarning, match="none of a batch's masks is usable"):
         empty = model(pixels, LABELS, torch.zeros(4, 32, 32))
     assert not bool(empty.foreground_trust.any())
     empty.loss.backward()

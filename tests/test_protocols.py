@@ -132,7 +132,7 @@ def test_mistakes_are_named(small_clip: CLIPModel, tokenizer: Any, data: Path, t
 def test_options_that_a_tuner_does_not_have_are_named(small_clip: CLIPModel, tokenizer: Any, data: Path) -> None:
     with pytest.raises(FVGError, match="a 'coop' tuner has no option 'depth'"):
         run(small_clip, tokenizer, data, tuner_options={"depth": 3})
-    with pytest.raises(FVGError, match="a 'external' tuner cannot be made"):
+    with pytest.raises(FVGError, match="the tuner 'external' is made as External"):
         run(small_clip, tokenizer, data, tuner="external")
 
 

@@ -68,7 +68,7 @@ def plan(data: Path, output: Path, protocol: str = "base-to-new", **changes: Any
 def values(found: Plan) -> list[tuple[Any, ...]]:
     """All figures but those of time."""
     return sorted(
-        (*dataclasses.astuple(f)[:-1], str(f.value))
+        tuple(map(str, dataclasses.astuple(f)))
         for f in found.figures()
         if f.split != "cost" or f.metric == "parameters"
     )
@@ -98,7 +98,7 @@ def test_one_tidy_row_a_figure(whole: Plan) -> None:
     assert costs["fvg", "parameters"] == 2 * (16 * 64 + 64 + 64 * 16 + 16) + 2 * 161
     assert min(costs.values()) > 0 and ("clip", "inference_images_per_second") in costs
     header = (whole.output / "results.csv").read_text("utf-8").splitlines()[0]
-    assert header == "format,protocol,dataset,split,source,tuner,row,shots,seed,metric,value"
+    assert header == "format,protocol,dataset,split,source,tuner,row,shots,seed,metric,value,preset"
 
 
 def test_tables_say_what_the_figures_say_beside_the_papers(whole: Plan) -> None:
@@ -267,7 +267,7 @@ def test_results_of_another_version_and_of_another_run_are_refused(
     (tmp_path / "results.csv").write_text("\n".join([lines[0], "0" + lines[1][1:]]) + "\n")
     with pytest.raises(FVGError, match=r"results\.csv is of format '0'.*reads format 1"):
         run(old, load)
-    (tmp_path / "results.csv").write_text("\n".join([lines[0], lines[1].rpartition(",")[0] + ",much"]) + "\n")
+    (tmp_path / "results.csv").write_text("\n".join([lines[0], lines[1].rsplit(",", 2)[0] + ",much,paper"]) + "\n")
     with pytest.raises(FVGError, match="line 2, is no line of results"):
         run(old, load)
     (tmp_path / "results.csv").unlink()
@@ -286,7 +286,9 @@ def test_results_of_another_version_and_of_another_run_are_refused(
             run(old, load)
     old.file(unit).write_text(json.dumps(record))
     other = dataclasses.replace(old, config=dataclasses.replace(old.config, lambda_distill=5.0), model="another")
-    with pytest.raises(FVGError, match=r"was run with model 'tiny', but 'another' is wanted \(config differ too\)"):
+    with pytest.raises(
+        FVGError, match=r"was run with model 'tiny', but 'another' is wanted \(config.lambda_distill differ too\)"
+    ):
         run(other, load)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["units"]  # nothing was run or written
 
@@ -368,6 +370,44 @@ def test_the_command_on_the_papers_layout_and_on_a_suite_file(data: Path, base: 
         "there": ["base-to-new/oxford_pets/coop-2shots-seed1"],
         "failed": {},
     }
+
+
+def test_presets_are_run_named_and_never_mixed(data: Path, base: Path, tmp_path: Path) -> None:
+    quick = {kind: {"name": "CoOp", "tune": QUICK, "heads": QUICK} for kind in ("coop",)}
+    folders = {"oxford_pets": str(data / "oxford_pets"), "eurosat": str(data / "eurosat")}
+    (tmp_path / "mine.json").write_text(json.dumps({"name": "mine", "data": folders, "settings": quick}))
+    options = ("--suite", tmp_path / "mine.json", "--model", base, "--seeds", "1", "--shots", "2", "--views", "1")
+    start = ("reproduce", "base-to-new", *options, "--no-controls", "--device", "cpu")
+    pets, out = ("--datasets", "oxford_pets"), tmp_path / "plus"
+    assert_mistake(command(*start, *pets, "--output", out, "--preset", "pluss"), "Did you mean 'plus'?")
+    assert not out.exists()
+    done = command(*start, *pets, "--output", out, "--preset", "plus")
+    assert done.exit_code == 0, done.stderr
+    assert "preset plus" in done.stdout and "| **CoOp + FVG-PT (plus)** |" in done.stdout
+    figures = read_tidy(out / "results.csv")
+    assert {f.preset for f in figures} == {"plus"} and len(figures) > 10
+    (unit,) = (out / "units").rglob("*.json")
+    config = json.loads(unit.read_text())["identity"]["config"]
+    assert (config["preset"], config["lambda_distill"], config["attended_view"]) == ("plus", 1.0, 0.4)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for datasets in (pets, ("--datasets", "eurosat")):
+        other = command(*start, *datasets, "--output", out)
+        assert_mistake(other, "has figures of the preset 'plus', but 'paper' is wanted", "Give another --output")
+    (out / "results.csv").rename(tmp_path / "aside.csv")
+    other = command(*start, *pets, "--output", out, "--preset", "paper")
+    assert_mistake(other, "was run with config.preset 'plus', but 'paper' is wanted", "Give another --output")
+    (tmp_path / "aside.csv").rename(out / "results.csv")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    again = command(*start, *pets, "--output", out, "--preset", "plus", "--json")
+    assert json.loads(again.stdout)["done"] == []
+
+
+def test_results_from_before_presets_are_the_papers(whole: Plan, load: Any, tmp_path: Path) -> None:
+    assert {f.preset for f in whole.figures()} == {"paper"}
+    lines = (whole.output / "results.csv").read_text("utf-8").splitlines()
+    (tmp_path / "old.csv").write_text("\n".join(line.rpartition(",")[0] for line in lines) + "\n")
+    assert [str(f) for f in read_tidy(tmp_path / "old.csv")] == [str(f) for f in whole.figures()]
+    assert "preset" not in (whole.output / "tables.md").read_text("utf-8")
 
 
 def test_mistakes_of_the_command(data: Path, base: Path, tmp_path: Path) -> None:

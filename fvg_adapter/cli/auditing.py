@@ -14,6 +14,7 @@ from fvg_adapter.cli.console import (
     Debug,
     Device,
     Threads,
+    check_folder,
     load_adapter,
     load_base,
     mistakes_told,
@@ -25,7 +26,6 @@ from fvg_adapter.cli.console import (
     show_json,
     split_given,
 )
-from fvg_adapter.errors import FVGError
 
 SHORT = {
     "name": ("class", "{}"),
@@ -77,8 +77,7 @@ def audit_model(
     fvg-adapter audit out/adapter pets --output report
     fvg-adapter audit openai/clip-vit-base-patch16 pets --plain --split val
     """
-    if output is not None and output.is_file():
-        raise FVGError(f"--output {output} is a file; give a folder.")
+    check_folder(output)
     place = prepare(device, threads)
     from fvg_adapter.audit import audit
     from fvg_adapter.data import PairedTransform, open_dataset

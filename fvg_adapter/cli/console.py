@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -177,6 +177,10 @@ def load_base(name: str, device: str) -> tuple[Any, Any]:
     if not sys.stderr.isatty():
         disable_progress_bar()
     path_like = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).is_file()
+    if (saved := _adapter_of(Path(name).expanduser() / "config.json")) is not None:
+        raise FVGError(
+            f"{name!r} is a saved adapter, not a base model: give the one that it was made for, {saved}, or another."
+        )
     if path_like and not Path(name).expanduser().is_dir():
         what = "is a file, not a folder" if Path(name).is_file() else "is no folder here"
         raise FVGError(
@@ -196,6 +200,19 @@ def load_base(name: str, device: str) -> tuple[Any, Any]:
     except TypeError as error:
         raise FVGError(f"{name!r} cannot be wrapped: {error}") from error
     return clip.eval().to(device), tokenizer
+
+
+def _adapter_of(config: Path) -> str | None:
+    """The base model that a saved adapter's config names; None where it is no such config."""
+    from fvg_adapter import untrusted
+
+    with contextlib.suppress(FVGError):
+        record = untrusted.read_json(config, "a config") if config.is_file() else {}
+        if record.get("format") == "fvg_adapter":
+            base = record.get("base_model")
+            base = base if isinstance(base, dict) else {}
+            return printable(str(base.get("path") or base.get("id") or "which it does not name"))
+    return None
 
 
 def load_adapter(adapter: str, model: str | None, device: str) -> Any:
@@ -271,6 +288,51 @@ def class_names(given: str) -> list[str]:
     if not names:
         raise FVGError(f"--classes {given!r} holds no names; give them like cat,dog or as @FILE, one a line.")
     return names
+
+
+def picture_files(given: Sequence[Path]) -> list[Path]:
+    """Files as given, and for a folder every picture below it, by name.
+
+    Raises:
+        FVGError: a folder without any picture.
+    """
+    from fvg_adapter.data.images import EXTENSIONS, is_image_name
+
+    found: list[Path] = []
+    for path in given:
+        inside = [path]
+        if path.is_dir():
+            below = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+            inside = sorted(p for p in below if is_image_name(p.name) and p.is_file())
+        if not inside:
+            raise FVGError(
+                f"the folder {path} holds no pictures; files that end in {', '.join(EXTENSIONS)} are expected."
+            )
+        found += inside
+    return found
+
+
+def refuse_folders(given: Sequence[Path]) -> None:
+    """Raises FVGError where a folder is given in place of a file."""
+    for path in given:
+        if path.is_dir():
+            raise FVGError(f"{path} is a folder; give picture files, such as {path}/*.jpg.")
+
+
+def check_folder(folder: Path | None, option: str = "--output") -> None:
+    """Tells before hours of work that a folder (None: not given) cannot be made or written; makes nothing.
+
+    Raises:
+        FVGError: it or a folder above it is a file, or nobody may write there.
+    """
+    if folder is None:
+        return
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        where = f"{option} {folder}" if there == folder else f"{option} {folder} cannot be made: {there}"
+        raise FVGError(f"{where} is a file; give a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise FVGError(f"{option} {folder} cannot be written: you may not write into {there}; give another folder.")
 
 
 def split_given(given: str) -> str | None:

@@ -10,6 +10,7 @@ import typer
 from fvg_adapter.cli.console import (
     AsJson,
     Debug,
+    check_folder,
     class_names,
     json_object,
     load_base,
@@ -18,7 +19,6 @@ from fvg_adapter.cli.console import (
     show,
     show_json,
 )
-from fvg_adapter.errors import FVGError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,8 +71,7 @@ def convert_checkpoint(
     arguments = json_object(tuner_options)
     if template is not None:
         arguments["template"] = template
-    if output.exists() and not output.is_dir():
-        raise FVGError(f"--output {output} is a file; give a folder.")
+    check_folder(output)
     from fvg_adapter.convert import convert
 
     clip, tokenizer = load_base(model, "cpu")

@@ -15,6 +15,7 @@ from fvg_adapter.cli.console import (
     Debug,
     Device,
     Threads,
+    check_folder,
     load_base,
     mistakes_told,
     normalisation,
@@ -124,6 +125,7 @@ def write_mask_files(
     from fvg_adapter.mask_files import write_masks
     from fvg_adapter.mask_sheet import contact_sheet
 
+    check_folder(output)
     root = Path(data).expanduser()
     names = _splits(root, split)
     datasets = [MaskedImageFolder(root, name, masks="none") for name in names]

@@ -18,6 +18,7 @@ from fvg_adapter.cli.console import (
     load_adapter,
     mistakes_told,
     normal_of,
+    picture_files,
     prepare,
     printable,
     say,
@@ -35,7 +36,7 @@ AT_ONCE = 32
 @mistakes_told
 def predict_images(
     adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a saved adapter.")],
-    images: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    images: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
     classes: Annotated[
         str | None,
         typer.Option(help="Names separated by commas, or @FILE with one a line.", show_default="the adapter's own"),
@@ -50,9 +51,9 @@ def predict_images(
     """Name what is in pictures, among any classes, most probable first.
 
     No mask is needed. Classes that the adapter was tuned on are scored by its
-    base branch, others by its new branch, a mixture by both. Pictures that
-    cannot be read are named on stderr, the others are scored, and the exit
-    code is 2.
+    base branch, others by its new branch, a mixture by both. A folder stands
+    for every picture below it. Pictures that cannot be read are named on
+    stderr, the others are scored, and the exit code is 2.
 
     Examples:
 
@@ -66,6 +67,7 @@ def predict_images(
     from fvg_adapter.progress import counting
 
     names = None if classes is None else class_names(classes)
+    images = picture_files(images)
     place = prepare(device, threads)
     loaded = load_adapter(adapter, model, place)
     if names is not None:

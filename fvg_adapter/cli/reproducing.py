@@ -14,6 +14,7 @@ from fvg_adapter.cli.console import (
     Debug,
     Device,
     Threads,
+    check_folder,
     load_base,
     mistakes_told,
     prepare,
@@ -74,6 +75,14 @@ def reproduce_tables(
         str,
         typer.Option(help="Masks of pictures without a mask file: given (none) or attention.", rich_help_panel=_WHAT),
     ] = "given",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="paper, or plus: other values of FVGConfig (docs/plus.md), into a folder of their own.",
+            rich_help_panel=_WHAT,
+            show_default="paper",
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="FVGConfig fields as JSON.", rich_help_panel=_WHAT)
     ] = None,
@@ -116,7 +125,7 @@ def reproduce_tables(
     from fvg_adapter.reproduce import PROTOCOLS, Plan, paper_suite, read_suite, run
     from fvg_adapter.reproduce.suites import chosen
     from fvg_adapter.train import PRECISIONS
-    from fvg_adapter.tuners import tuner_named
+    from fvg_adapter.tuners.registry import tuner_to_train
 
     if protocol not in PROTOCOLS:
         raise FVGError(f"the protocol {protocol!r} is unknown. {nearest(protocol, PROTOCOLS)}")
@@ -124,8 +133,7 @@ def reproduce_tables(
         raise FVGError(f"--precision {precision!r} is unknown. {nearest(precision, PRECISIONS)}")
     if (data is None) == (suite is None):
         raise FVGError("give either --data, the folder that holds the paper's data sets, or --suite FILE.")
-    if output.exists() and not output.is_dir():
-        raise FVGError(f"--output {output} is a file; give a folder.")
+    check_folder(output)
     found = read_suite(suite) if suite is not None else paper_suite(data or "")
     base = model or found.model
     if base is None:
@@ -145,7 +153,7 @@ def reproduce_tables(
         protocol=protocol,
         suite=found,
         datasets=names,
-        tuners=[tuner_named(name).kind for name in split_names(tuners)],
+        tuners=[tuner_to_train(name).kind for name in split_names(tuners)],
         model=found.name if base == found.model else base,
         output=output,
         seeds=seed_numbers(seeds),
@@ -153,7 +161,7 @@ def reproduce_tables(
         targets=others,
         views=views,
         controls=controls,
-        config=fvg_config(config, {}, base),
+        config=fvg_config(config, {}, base, preset),
         precision=precision,
         foreground=foreground,
         banks=banks,

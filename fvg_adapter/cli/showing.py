@@ -13,12 +13,14 @@ from fvg_adapter.cli.console import (
     Debug,
     Device,
     Threads,
+    check_folder,
     class_names,
     load_adapter,
     load_base,
     mistakes_told,
     normal_of,
     prepare,
+    refuse_folders,
     show,
     show_json,
 )
@@ -76,6 +78,8 @@ def show_pictures(
     names = None if classes is None else class_names(classes)
     if plain and names is None:
         raise FVGError('a plain CLIP has no classes of its own: give --classes "cat,dog" or --classes @FILE.')
+    check_folder(output.absolute().parent)
+    refuse_folders([*images, *(mask or [])])
     place = prepare(device, threads)
     from fvg_adapter.data.images import read_mask, read_picture
     from fvg_adapter.panels import check_labels, draw, look

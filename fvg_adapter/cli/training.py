@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,7 @@ from fvg_adapter.cli.console import (
     Debug,
     Device,
     Threads,
+    check_folder,
     json_object,
     load_base,
     mistakes_told,
@@ -172,21 +175,23 @@ def train_and_compare(
     numbers = seed_numbers(seeds)
     arguments = json_object(tuner_options)
     weights = {"lambda_distill": lambda_distill, "lambda_gate": lambda_gate, "lambda_new": lambda_new}
-    if output is not None and output.exists() and not output.is_dir():
-        raise FVGError(f"--output {output} is a file; give a folder.")
+    check_folder(output)
     place = prepare(device, threads)
     from fvg_adapter.protocols import base_to_new
     from fvg_adapter.segmenters import source_named
     from fvg_adapter.train import PRECISIONS
-    from fvg_adapter.tuners import tuner_named
+    from fvg_adapter.tuners.arguments import check_arguments
     from fvg_adapter.tuners.recipes import recipe_on
+    from fvg_adapter.tuners.registry import tuner_to_train
     from fvg_adapter.tuners.templates import dataset_name
 
     if precision not in PRECISIONS:
         raise FVGError(f"--precision {precision!r} is unknown. {nearest(precision, PRECISIONS)}")
     sys.path.insert(0, str(Path.cwd()))  # where a tuner or a source of one's own lies
     source = source_named(foreground, device=place)
-    kind = tuner_named(tuner).kind
+    made = tuner_to_train(tuner)
+    kind = made.kind
+    check_arguments(made, arguments, "--tuner-options", "an option")
     recipe = recipe_on(kind, dataset or Path(data).name)
     if template is None:
         template = recipe.arguments["template"]
@@ -247,6 +252,8 @@ def seed_numbers(text: str, option: str = "--seeds", least: int = 0) -> list[int
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise FVGError(f"{option} {text!r} is no list of whole numbers; give them like 1,2,3.") from None
+    if max(numbers) >= 2**32:
+        raise FVGError(f"{option} {text!r}: whole numbers from {least} to {2**32 - 1} are expected.")
     if min(numbers) < least or len(set(numbers)) < len(numbers):
         what = option.removeprefix("--").removesuffix("s")
         raise FVGError(f"{option} {text!r}: every {what} must be {least} or more, and differ from the others.")
@@ -257,13 +264,21 @@ def _override(stage: Stage | None, what: str, prefix: str, **given: float | None
     """A recipe with the numbers that were given."""
     changes = {name: value for name, value in given.items() if value is not None}
     for name, value in changes.items():
-        if value <= 0:
-            raise FVGError(f"{prefix}{name.removesuffix('_size')} must be above 0, but is {value}.")
+        if not 0 < value < math.inf:
+            raise FVGError(f"{prefix}{name.removesuffix('_size')} must be a finite number above 0, but is {value}.")
     if not changes:
         return stage
     if stage is None:
         raise FVGError(f"{what} learns nothing in stage one; leave {prefix}lr, {prefix}epochs and {prefix}batch out.")
-    return dataclasses.replace(stage, **changes)  # type: ignore[arg-type]
+    stage = dataclasses.replace(stage, **changes)  # type: ignore[arg-type]
+    if "lr" in changes and stage.epochs <= stage.warmup_epochs:
+        epochs = "the only epoch is" if stage.epochs == 1 else f"all {stage.epochs} epochs are"
+        warnings.warn(
+            f"{prefix}lr {stage.lr} is never used: {epochs} the warm-up, at {stage.warmup_lr}; give more "
+            f"{prefix}epochs.",
+            stacklevel=2,
+        )
+    return stage
 
 
 def _cropped(stage: Stage | None, smallest: float) -> Stage | None:

@@ -33,6 +33,12 @@ def split_folder(root: Path, split: str | None) -> Path:
         return root
     found = [folder.name for folder in _folders(root) if folder.name != MASK_FOLDER]
     if split not in found:
+        above = root.absolute().parent
+        if (above / split).is_dir() and not any(name.lower().startswith(_SPLIT_NAMES) for name in found):
+            raise DataError(
+                f"{root} has no split {split!r}. Did you mean the folder above, {above}? To take the class folders in "
+                "it as one split, use split=None (in a command: --split .)."
+            )
         raise DataError(
             f"{root} has no split {split!r}. {suggestion(split, found)} "
             "If the class folders lie in it directly, use split=None (in a command: --split .)."

@@ -56,7 +56,7 @@ HONEST = {
 DIFFERENCES = {
     "FVG-PT − tuner": ("fvg", "alone"),
     "foreground effect: true masks − x_fg = x": ("fvg", "fvg [x_fg=x]"),
-    "distillation: λ_d = 10 − λ_d = 0": ("fvg", "fvg [lambda_d=0]"),
+    "distillation: with it − λ_d = 0": ("fvg", "fvg [lambda_d=0]"),
     "true masks − shuffled masks": ("fvg", "fvg [shuffled masks]"),
 }
 """Paired differences of every table: (row, other row)."""
@@ -70,7 +70,9 @@ class Gathered:
     """
 
     def __init__(self, figures: Iterable[Figure], seeds: Sequence[int], split: str = "test") -> None:
+        figures = list(figures)
         self.seeds: tuple[int, ...] = tuple(seeds)
+        self.preset: str = figures[0].preset if figures else Figure.preset
         self._values: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
         for figure in figures:
             if figure.split == split:
@@ -121,6 +123,8 @@ def tables_of(plan: Plan, figures: Sequence[Figure]) -> str:
         f"Base model {plan.model}; seeds {seeds}; {', '.join(map(str, plan.shots))} shots. Accuracies in percent.",
         "",
     ]
+    if plan.config.preset != "paper":
+        parts += [f"FVG-PT with the preset {plan.config.preset} (docs/plus.md), not with the paper's settings.", ""]
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         parts += [f"**{len(missing)} of {len(plan.units())} units have not been run:** {shown}.", ""]
@@ -230,7 +234,7 @@ def _ablation(plan: Plan, figures: Sequence[Figure]) -> list[str]:
             if theirs is not None:
                 their_hm = harmonic_mean(*theirs)
             cells = [_spread(*base), _spread(*new), f"{hm:.2f}", both]
-            lines.append(line(text.format(name), cells + _beside(hm, their_hm, comparable(plan, tasks))))
+            lines.append(line(called(text, name, found.preset), cells + _beside(hm, their_hm, comparable(plan, tasks))))
         parts += [f"## {name}: {_over(tasks)}", "", *lines, "", *differences(found, tuner, tasks), ""]
     return parts
 
@@ -294,7 +298,7 @@ def cost_table(plan: Plan, figures: Sequence[Figure]) -> list[str]:
                 values = [f.value for f in costs if f.row == row and f.metric == metric and math.isfinite(f.value)]
                 cells.append(f"{statistics.median(values):,.0f}" if values else "–")
             if any(cell != "–" for cell in cells):
-                lines.append(line(SHOWN[row].format(plan.suite.title(tuner)), cells))
+                lines.append(line(called(SHOWN[row], plan.suite.title(tuner), plan.config.preset), cells))
     way = f"from a bank of {plan.views} views (tuning: without the image encoder)" if plan.views else "in the loop"
     return ["## Cost", "", f"Median over units, {way}, on the machine that ran them.", "", *lines]
 
@@ -310,6 +314,11 @@ def header(first: str, columns: Sequence[str]) -> list[str]:
 def line(name: str, cells: Sequence[str]) -> str:
     """A line of a Markdown table."""
     return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def called(text: str, tuner: str, preset: str) -> str:
+    """A row's name, {} the tuner; FVG-PT with a preset that is not the paper's is named with it."""
+    return text.format(tuner).replace("FVG-PT", "FVG-PT" if preset == "paper" else f"FVG-PT ({preset})")
 
 
 def comparable(plan: Plan, tasks: Sequence[str]) -> bool:
@@ -333,7 +342,7 @@ def _beside(ours: float, theirs: float | None, same: bool) -> list[str]:
 def _rows(found: Gathered, tuner: str, name: str, tasks: Sequence[str], metric: str) -> dict[str, str]:
     """Rows that have every task, by what they are called."""
     return {
-        row: text.format(name)
+        row: called(text, name, found.preset)
         for row, text in SHOWN.items()
         if len(found.values(tuner, row, metric, tasks)) == len(tasks)
     }

@@ -29,6 +29,7 @@ class Figure:
             "cost". source: what was tuned on, where it is another data set.
         tuner: `Tuner.kind`. row: "clip", "alone", "fvg", or a control or variant as in "fvg [x_fg=x]".
         shots: pictures a class. seed, metric, value: a figure that does not exist is nan.
+        preset: of `FVGConfig`; files from before there were presets lack it, and are the paper's.
     """
 
     format: int
@@ -42,12 +43,14 @@ class Figure:
     seed: int
     metric: str
     value: float
+    preset: str = "paper"
 
 
 def figures_of(record: Mapping[str, Any]) -> list[Figure]:
     """The figures of a unit file (see `units`)."""
     unit = record["unit"]
     tuner, found = unit["tuner"], []
+    preset = record["identity"]["config"].get("preset", Figure.preset)
     for split, rows in [*record["rows"].items(), (COST, record["cost"])]:
         foreign = split not in ("", COST) and split in record["targets"]
         dataset = split if foreign else unit["dataset"]
@@ -68,6 +71,7 @@ def figures_of(record: Mapping[str, Any]) -> list[Figure]:
                         unit["seed"],
                         metric,
                         math.nan if value is None else float(value),
+                        preset,
                     )
                 )
     return found
@@ -113,7 +117,9 @@ def read_tidy(path: str | os.PathLike[str]) -> list[Figure]:
     for number, line in enumerate(lines, 2):
         check_format(line.get("format"), str(target))
         try:
-            values: dict[str, Any] = {name: kind(line[name]) for name, kind in names.items()}
+            values: dict[str, Any] = {
+                name: kind(line[name]) for name, kind in names.items() if name in line or name != "preset"
+            }
             found.append(Figure(**values))
         except (KeyError, TypeError, ValueError) as error:
             raise FVGError(f"{target}, line {number}, is no line of results: {line}.") from error

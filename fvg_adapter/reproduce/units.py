@@ -172,11 +172,12 @@ class Plan:
             return False
         record = read_unit(file)
         wanted = self.identity(unit)
-        other = [name for name, value in wanted.items() if record["identity"].get(name) != value]
+        there, wanted = _flat(record["identity"]), _flat(wanted)
+        other = [name for name, value in wanted.items() if there.get(name) != value]
         if other:
             first, more = other[0], f" ({', '.join(other[1:])} differ too)" if other[1:] else ""
             raise FVGError(
-                f"{file} was run with {first} {record['identity'].get(first)!r}, but {wanted[first]!r} is wanted{more}."
+                f"{file} was run with {first} {there.get(first)!r}, but {wanted[first]!r} is wanted{more}."
                 " Give another --output, or delete the file to run it again."
             )
         return True
@@ -224,6 +225,14 @@ def unit_record(plan: Plan, unit: Unit, figures: Mapping[str, Any], settings: Ma
 def dataset_of(plan: Plan, dataset: str) -> str | None:
     """The paper's name of a data set, for its layout; None where the suite's data sets are not the paper's."""
     return dataset_name(dataset) if plan.suite.name == "paper" else None
+
+
+def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """With the config's fields by name, the preset before those that it sets."""
+    config = identity.get("config")
+    fields = {f"config.{name}": value for name, value in config.items()} if isinstance(config, dict) else {}
+    preset = {name: value for name, value in fields.items() if name == "config.preset"}
+    return {**preset, **{name: value for name, value in identity.items() if name != "config"}, **fields}
 
 
 def _stage(stage: Stage | None) -> dict[str, Any] | None:

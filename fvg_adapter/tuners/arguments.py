@@ -44,8 +44,13 @@ _FITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 _CALLERS = ("self", "model", "tokenizer", "classes", "projection", "peft_config", "clip")
 
 
-def check_arguments(tuner: type[Any], arguments: Mapping[str, Any]) -> None:
+def check_arguments(
+    tuner: type[Any], arguments: Mapping[str, Any], what: str = "the config's arguments", source: str = "a file"
+) -> None:
     """Refuses what no file of this tuner says; arguments of other types than `_FITS` lists are the tuner's to check.
+
+    Args:
+        tuner: the class. arguments: by name. what, source: what a message calls the arguments, and where they stand.
 
     Raises:
         FVGError: an unknown name, one that only the caller may give, or a value of another type than annotated.
@@ -56,8 +61,7 @@ def check_arguments(tuner: type[Any], arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if name in _CALLERS or (name not in known and not open_ended):
             raise FVGError(
-                f"the config's arguments do not fit {tuner.__name__}: it takes no {name[:80]!r} from a file. "
-                f"{nearest(name, known)}"
+                f"{what} do not fit {tuner.__name__}: it takes no {name[:80]!r} from {source}. {nearest(name, known)}"
             )
         annotation = parameters[name].annotation if name in parameters else None
         written = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
@@ -65,6 +69,4 @@ def check_arguments(tuner: type[Any], arguments: Mapping[str, Any]) -> None:
             written = "str"
         expected, fits = _FITS.get(written, ("", lambda value: True))
         if not fits(value):
-            raise FVGError(
-                f"the config's arguments do not fit {tuner.__name__}: {name} is {value!r:.80}, expected is {expected}."
-            )
+            raise FVGError(f"{what} do not fit {tuner.__name__}: {name} is {value!r:.80}, expected is {expected}.")

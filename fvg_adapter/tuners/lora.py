@@ -219,6 +219,8 @@ class LoRA(Tuner):
         if config["sha256"].get(name) not in (None, sha256_of(folder / name)):  # replaced since it was checked
             raise FVGError(OTHER_FILE.format(folder / name))
         saved = tensors.get(f"{FOLDER}/{WEIGHTS}", weights)  # checked against the config's hash, where it has one
+        for tensor in saved:
+            saved[tensor]  # refuses values that are not finite, before the model is touched
         tuner = cls(clip, tokenizer, config["base_classes"], peft_config=_FromFile(peft_config), **arguments)
         try:
             model = tuner.encoder.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
@@ -75,6 +76,32 @@ def tuner_named(name: str) -> type[Tuner]:
     if not (isinstance(found, type) and issubclass(found, Tuner)):
         raise FVGError(f"{name!r} is no tuner: a subclass of fvg_adapter.tuners.Tuner is expected.")
     return register(found)
+
+
+def tuner_to_train(name: str) -> type[Tuner]:
+    """The class of `tuner_named`, if a protocol can make it: of a model, a tokenizer and class names.
+
+    Raises:
+        FVGError: what `tuner_named` raises; a class that is made of something else (`External`, of functions).
+    """
+    found = tuner_named(name)
+    if not _made_of_a_model(found):
+        first = ", ".join(list(inspect.signature(found).parameters)[:2])
+        makeable = ", ".join(repr(kind) for kind, other in TUNERS.items() if _made_of_a_model(other))
+        raise FVGError(
+            f"the tuner {name!r} is made as {found.__name__}({first}, …), not from a model, a tokenizer and class "
+            "names, which is all that a command or a protocol has: make it in Python, wrap it, and train the heads "
+            f"with fit. What can be trained by its name: {makeable}."
+        )
+    return found
+
+
+def _made_of_a_model(tuner: type[Tuner]) -> bool:
+    try:
+        inspect.signature(tuner).bind_partial(None, None, ())
+    except TypeError:
+        return False
+    return True
 
 
 def tuner_class(config: dict[str, Any]) -> type[Tuner]:
