@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPVisionModelWithProjection
 
 from conftest import CLASSES, GOLDEN, NEW_CLASSES, small_config
 from fvg_adapter import FVGModel, files, load, wrap
@@ -54,6 +54,32 @@ def test_saved_and_loaded_logits_are_bit_equal(
     assert other.classes == tuple(NEW_CLASSES)
     with torch.no_grad():
         assert torch.equal(other(pixels).logits, expected[1])
+
+
+def test_a_vision_tower_with_given_text_features(pixels: Tensor, tmp_path: Path) -> None:
+    """Its classes' features are in the file; a part of them can be scored, others cannot."""
+    vision = CLIPVisionModelWithProjection(small_config().vision_config).eval()
+    model = wrap(vision, classes={name: torch.randn(16) for name in CLASSES}).eval()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = model(pixels).logits
+        assert torch.equal(load(tmp_path, clip=vision)(pixels).logits, wanted)
+        some = load(tmp_path, clip=vision, classes=CLASSES[1:3])(pixels).logits
+    torch.testing.assert_close(some, wanted[:, 1:3], atol=1e-4, rtol=0)
+    with pytest.raises(FVGError, match="no text feature was given"):
+        load(tmp_path, clip=vision, classes=NEW_CLASSES)
+
+
+def test_features_of_another_number_of_classes_are_refused(pixels: Tensor, tmp_path: Path) -> None:
+    vision = CLIPVisionModelWithProjection(small_config().vision_config).eval()
+    tuner = ZeroShot(vision, None, {name: torch.randn(16) for name in CLASSES})
+    tuner.save_pretrained(tmp_path)
+    save_file({"class_features": torch.randn(2, 16)}, tmp_path / "tuner.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    config["sha256"] = {name: sha256_of(tmp_path / name) for name in config["sha256"]}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(FVGError, match=rf"{len(CLASSES)} classes, but .* \(2, 16\)"):
+        ZeroShot.from_pretrained(tmp_path, clip=vision)
 
 
 def test_the_base_model_is_found_through_its_id(tmp_path: Path, pixels: Tensor) -> None:

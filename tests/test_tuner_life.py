@@ -16,6 +16,7 @@ from transformers import CLIPModel
 
 from conftest import checkpoint_activations
 from fvg_adapter import FVGConfig, load, unwrap, wrap
+from fvg_adapter.errors import FVGError
 from fvg_adapter.tuners import MMRL, CoOp, KgCoOp, LoRA, PromptSRC, Tuner
 
 NAMES = ["cat", "dog", "hot_air_balloon"]
@@ -348,3 +349,20 @@ def test_200_steps_stay_finite(kind: str, half: bool, small_clip: CLIPModel, tok
         optimizer.step()
     assert torch.isfinite(loss)
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in model.trainable_parameters())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"n_ctx": 0, "ctx_init": ""}, "n_ctx is 0"),
+        ({"n_ctx": 3}, "has 4 words, but n_ctx is 3"),
+        ({"csc": True}, 'give ctx_init=""'),
+        ({"class_token_position": "midle"}, "Did you mean 'middle'"),
+        ({"n_ctx": 40, "ctx_init": ""}, "the text tower holds"),
+    ],
+    ids=["none", "words", "csc", "position", "long"],
+)
+def test_contexts_that_cannot_be(given: dict[str, Any], said: str, small_clip: CLIPModel, tokenizer: Any) -> None:
+    with pytest.raises(FVGError, match=said):
+        CoOp(small_clip, tokenizer, NAMES, **given)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in small_clip.modules())
