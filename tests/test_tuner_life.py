@@ -358,7 +358,7 @@ def test_200_steps_stay_finite(kind: str, half: bool, small_clip: CLIPModel, tok
         ({"n_ctx": 3}, "has 4 words, but n_ctx is 3"),
         ({"csc": True}, 'give ctx_init=""'),
         ({"class_token_position": "midle"}, "Did you mean 'middle'"),
-        ({"n_ctx": 40, "ctx_init": ""}, "the text tower holds"),
+        ({"n_ctx": 76, "ctx_init": ""}, "the text tower holds"),
     ],
     ids=["none", "words", "csc", "position", "long"],
 )
