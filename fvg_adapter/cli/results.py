@@ -43,8 +43,8 @@ def remarks_on(results: Results, tuner: str, output: Path | None) -> list[str]:
     lines = []
     for other, meaning in (
         (tuner, f"FVG-PT over {tuner} alone"),
-        (f"{ours} [x_fg=x]", "foreground effect (true masks over the whole image as foreground)"),
-        (f"{ours} [shuffled masks]", "true masks over other pictures' masks"),
+        (f"{ours} [x_fg=x]", "foreground effect (the masks over the whole image as foreground)"),
+        (f"{ours} [shuffled masks]", "the masks over other pictures' masks"),
     ):
         if ours in results.rows and other in results.rows:
             several = len(results.rows[ours]["hm"]) > 1
