@@ -33,6 +33,7 @@ from fvg_adapter.outputs import FVGOutput
 from fvg_adapter.protocols import base_to_new_split
 from fvg_adapter.train import fit
 from fvg_adapter.tuners import TUNERS, Tuner
+from fvg_adapter.tuners.recipes import Stage
 from fvg_adapter.views import Views
 
 BANKS = Path(__file__).parent.parent.parent / "output" / "plus_ideas"
@@ -40,6 +41,7 @@ METRICS = ("base", "new", "hm", "joint_base", "joint_new", "joint_hm")
 VIEWS = 4
 HELD_SHOTS = 4
 """Shots of each base class that the gate for the joint label set is fitted on, and the prompts and heads are not."""
+ONE_STAGE = "one stage, the heads' 10 epochs"
 PENALTY = 0.01
 """Of the squared weights of that gate, whose cues are standardised."""
 
@@ -202,10 +204,10 @@ class Cell:
         torch.manual_seed(self.seed)
         return TUNERS["coop"](self.clip, self.tokenizer, classes, **SETTINGS["coop"].options)
 
-    def tuned(self, bank: FeatureBank) -> Tuner:
+    def tuned(self, bank: FeatureBank, recipe: Stage | None = None) -> Tuner:
         """CoOp tuned on a bank's classes."""
         tuner = self.fresh(bank.classes)
-        fit(tuner, bank, recipe=stages("coop")["tune"], seed=self.seed)
+        fit(tuner, bank, recipe=recipe or stages("coop")["tune"], seed=self.seed)
         return tuner
 
     def heads(
@@ -374,6 +376,9 @@ def weights(cell: Cell) -> Rows:
         name: figures(cell, model, weigh=lambda p, c, kind=kind: kind(trust(model, p, c)))  # type: ignore[misc]
         for name, kind in kinds.items()
     }
+    rows["view at weight 0.4 where half of the attention is in the true mask, else 0 (no setting: a bound)"] = figures(
+        cell, model, weigh=lambda p, _: view * (p.bank.features["attention_in_mask"][:, 0] >= 0.5)
+    )
     for number in (1.0, 10.0):
         config = replace(PLUS, lambda_distill=number)
         rows[f"distillation r · KL(p_fg ‖ p_FDC) alone, λ_d = {number:g}"] = trained(
@@ -383,32 +388,68 @@ def weights(cell: Cell) -> Rows:
     return rows
 
 
+Learn = Callable[[Cell, FeatureBank], Variant]
+"""Trains a model on a bank's classes from the start."""
+
+
+def in_two_stages(cell: Cell, bank: FeatureBank) -> Variant:
+    """Plus as it is."""
+    return cell.heads(cell.tuned(bank), PLUS, bank=bank)
+
+
+def in_one_stage(
+    cell: Cell, bank: FeatureBank, config: FVGConfig = PLUS, own: float = 0.0, epochs: int | None = None
+) -> Variant:
+    """Prompts and heads together, by the heads' recipe; the prompts' rate is CoOp's, scaled to the heads' batch."""
+    losses = Losses(tuner_ce=own, prompt_rate=small_batches().lr / stages("coop")["heads"].lr)
+    return cell.heads(cell.fresh(bank.classes), replace(config, freeze_tuner=False), losses, bank, epochs)
+
+
+def going_on(cell: Cell, bank: FeatureBank) -> Variant:
+    """Two stages, but the prompts learn on in the second, from the same losses as the heads."""
+    losses = Losses(prompt_rate=small_batches().lr / stages("coop")["heads"].lr)
+    return cell.heads(cell.tuned(bank), replace(PLUS, freeze_tuner=False), losses, bank)
+
+
+def small_batches() -> Stage:
+    """CoOp's recipe with the heads' batch and epochs, the rate scaled with the batch."""
+    tune, heads = stages("coop")["tune"], stages("coop")["heads"]
+    rate = tune.lr * heads.batch_size / tune.batch_size
+    stage: Stage = replace(tune, lr=rate, batch_size=heads.batch_size, epochs=heads.epochs)
+    return stage
+
+
 def one_stage(cell: Cell) -> Rows:
-    """Prompts and heads trained together on plus's L; the prompts' rate is CoOp's, scaled to the heads' batch."""
+    """Prompts and heads trained together on plus's L, and what part of it is owed to longer training."""
     recipes = stages("coop")
-    tune, heads = recipes["tune"], recipes["heads"]
-    rate = tune.lr * heads.batch_size / tune.batch_size / heads.lr
-    config, rows = replace(PLUS, freeze_tuner=False), {}
-    for name, first, epochs, own in (
-        ("one stage, the heads' 10 epochs", False, heads.epochs, 0.0),
-        ("one stage, the heads' 10 epochs, and CoOp's own loss", False, heads.epochs, 1.0),
-        ("one stage, both stages' 30 epochs, and CoOp's own loss", False, heads.epochs + tune.epochs, 1.0),
-        ("two stages, the prompts learning on in the second", True, heads.epochs, 0.0),
-    ):
-        tuner = cell.tuned(cell.train.bank) if first else cell.fresh(cell.base)
-        model = cell.heads(tuner, config, Losses(tuner_ce=own, prompt_rate=rate), epochs=epochs)
+    longer = recipes["heads"].epochs + recipes["tune"].epochs
+    kinds: dict[str, Learn] = {
+        ONE_STAGE: in_one_stage,
+        "one stage, 10 epochs, and CoOp's own loss": lambda c, b: in_one_stage(c, b, own=1.0),
+        "one stage, 30 epochs (both recipes')": lambda c, b: in_one_stage(c, b, epochs=longer),
+        "one stage, 30 epochs, and CoOp's own loss": lambda c, b: in_one_stage(c, b, own=1.0, epochs=longer),
+        "one stage, 10 epochs, with the paper's settings": lambda c, b: in_one_stage(c, b, FVGConfig()),
+        "two stages, the prompts learning on in the second": going_on,
+        "control: two stages, the heads for 30 epochs": lambda c, b: c.heads(c.tuned(b), PLUS, bank=b, epochs=longer),
+        "control: two stages, CoOp tuned with the heads' batch and epochs": lambda c, b: c.heads(
+            c.tuned(b, small_batches()), PLUS, bank=b
+        ),
+    }
+    rows = {}
+    for name, learn in kinds.items():
+        model = learn(cell, cell.train.bank)
         rows[name] = figures(cell, model)
-        model.release()
-        tuner.detach()
+        model.release().detach()
     return rows
 
 
 # -- a learnt gate for the joint label set -----------------------------------------------------------------------------
 
 CUES = ("prior's odds", "FDC's odds", "PC's odds", "entropy of FDC", "entropy of PC", "r")
+BEST_GATE = "learnt gate: log-odds of CLIP and both branches"
 GATES: Mapping[str, tuple[int, ...]] = {
     "learnt gate: plain CLIP's log-odds alone (a temperature, an offset)": (0,),
-    "learnt gate: log-odds of CLIP and both branches": (0, 1, 2),
+    BEST_GATE: (0, 1, 2),
     "learnt gate: entropies of both branches alone": (3, 4),
     "learnt gate: log-odds and entropies": (0, 1, 2, 3, 4),
     "learnt gate: log-odds, entropies and r": (0, 1, 2, 3, 4, 5),
@@ -463,10 +504,10 @@ class JointGate:
         return odds.float()
 
 
-def pseudo(cell: Cell) -> tuple[Tensor, Tensor]:
+def pseudo(cell: Cell, learn: Learn) -> tuple[Tensor, Tensor]:
     """Cues (N, 6) and groups (N,) without a picture of a new class: each half of the base classes held out in turn.
 
-    CoOp and plus learn on one half of the base classes, less `HELD_SHOTS` shots; the cues are those of the shots left
+    The model learns on one half of the base classes, less `HELD_SHOTS` shots; the cues are those of the shots left
     out and of as many of the other half, which plays the new classes, over both halves' names.
     """
     labels, half = cell.train.bank.labels, len(cell.base) // 2
@@ -477,8 +518,7 @@ def pseudo(cell: Cell) -> tuple[Tensor, Tensor]:
         names = [cell.base[c] for c in order]
         rows = [i for i, y in enumerate(labels) if y in known and number[i] < SHOTS - HELD_SHOTS]
         part = cell.train.subset(rows, [order.index(labels[i]) for i in rows], names[: len(known)]).bank
-        tuner = cell.tuned(part)
-        model = cell.heads(tuner, PLUS, bank=part)
+        model = learn(cell, part)
         rest = [i for i, n in enumerate(number) if n >= SHOTS - HELD_SHOTS]
         pictures = cell.train.subset(rest, [order.index(labels[i]) for i in rest], names)
         is_base = torch.arange(len(names)) < len(known)
@@ -486,22 +526,21 @@ def pseudo(cell: Cell) -> tuple[Tensor, Tensor]:
             one = pictures.view(k)
             found.append(cues(logits(model, one.bank, names), is_base, trust(model, one, names)))
             groups.append(is_base[torch.tensor(one.bank.labels)])
-        model.release()
-        tuner.detach()
+        model.release().detach()
     return torch.cat(found), torch.cat(groups)
 
 
-def gated(cell: Cell, gate: JointGate) -> Figures:
-    """Plus with a gate's groups instead of plain CLIP's."""
+def gated(cell: Cell, gate: JointGate, model: Variant) -> Figures:
+    """A model with a gate's groups instead of plain CLIP's."""
     both = [*cell.base, *cell.new]
     is_base = torch.arange(len(both)) < len(cell.base)
 
     def joint(pictures: Pictures, z: Logits) -> Tensor:
-        odds = gate(cues(z, is_base, trust(cell.plus, pictures, both))).unsqueeze(1)
+        odds = gate(cues(z, is_base, trust(model, pictures, both))).unsqueeze(1)
         base = F.logsigmoid(odds) + L.log_probs(z[1][:, is_base])
         return torch.cat([base, F.logsigmoid(-odds) + L.log_probs(z[2][:, ~is_base])], 1)
 
-    return figures(cell, cell.plus, joint=joint)
+    return figures(cell, model, joint=joint)
 
 
 def test_cues(cell: Cell) -> tuple[Tensor, Tensor]:
@@ -514,20 +553,33 @@ def test_cues(cell: Cell) -> tuple[Tensor, Tensor]:
 
 def gates(cell: Cell, ready: tuple[Tensor, Tensor]) -> Rows:
     """A gate of every kind fitted on this cell's held-out base classes; one fitted on the test pictures for a bound."""
-    rows = {name: gated(cell, JointGate(*ready, columns)) for name, columns in GATES.items()}
+    rows = {name: gated(cell, JointGate(*ready, columns), cell.plus) for name, columns in GATES.items()}
     bound = JointGate(*test_cues(cell), range(len(CUES)))
-    return {**rows, "all cues, fitted on the test pictures (no setting: a bound)": gated(cell, bound)}
+    return {**rows, "all cues, fitted on the test pictures (no setting: a bound)": gated(cell, bound, cell.plus)}
+
+
+def both_together(cell: Cell) -> Rows:
+    """What was best of two kinds, at once: chosen after the others had been seen."""
+    rows = {}
+    for name, learn in {"one stage": in_one_stage, "prompts learning on": going_on}.items():
+        gate = JointGate(*pseudo(cell, learn), GATES[BEST_GATE])
+        model = learn(cell, cell.train.bank)
+        rows[f"{name}, and a learnt gate (log-odds of CLIP and both branches)"] = gated(cell, gate, model)
+        model.release().detach()
+    return rows
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
 
-REFERENCE, GATE, WEIGHT, STAGE, DIRECTION = (
+REFERENCE, GATE, WEIGHT, STAGE, DIRECTION, TOGETHER = (
     "reference",
     "a learnt gate for the joint label set, fitted on held-out halves of the base classes",
     "masks weighted by r",
     "prompts and heads in one stage",
     "the KL in the other direction",
+    "one stage and a learnt gate together, tried after the rows above were seen",
 )
+GROUPS = (REFERENCE, GATE, WEIGHT, STAGE, DIRECTION, TOGETHER)
 
 
 def together(cells: Iterable[tuple[str, Rows]]) -> Record:
@@ -543,19 +595,20 @@ def together(cells: Iterable[tuple[str, Rows]]) -> Record:
 def run(tasks: Sequence[str], seeds: Sequence[int], banks: Path) -> list[dict[str, Any]]:
     """[{"group", "ideas": Record}] of every idea on every task and seed."""
     clip, tokenizer = pocket_clip()
-    found: dict[str, list[tuple[str, Rows]]] = {n: [] for n in (REFERENCE, GATE, WEIGHT, STAGE, DIRECTION)}
+    found: dict[str, list[tuple[str, Rows]]] = {n: [] for n in GROUPS}
     cells, ready = [], []
     for task in tasks:
         for seed in seeds:
             cell = Cell(clip, tokenizer, task, seed, banks)
             cells.append(cell)
-            ready.append(pseudo(cell))
+            ready.append(pseudo(cell, in_two_stages))
             for group, rows in (
                 (REFERENCE, references(cell)),
                 (GATE, gates(cell, ready[-1])),
                 (WEIGHT, weights(cell)),
                 (STAGE, one_stage(cell)),
                 (DIRECTION, directions(cell)),
+                (TOGETHER, both_together(cell)),
             ):
                 found[group].append((task, rows))
                 for row, values in rows.items():
@@ -563,7 +616,7 @@ def run(tasks: Sequence[str], seeds: Sequence[int], banks: Path) -> list[dict[st
     everything = [torch.cat(parts) for parts in zip(*ready, strict=True)]
     for name, columns in POOLED.items():
         pooled = JointGate(everything[0], everything[1], columns)
-        found[GATE] += [(cell.task, {name: gated(cell, pooled)}) for cell in cells]
+        found[GATE] += [(cell.task, {name: gated(cell, pooled, cell.plus)}) for cell in cells]
     return [{"group": group, "ideas": together(rows)} for group, rows in found.items()]
 
 
