@@ -136,4 +136,7 @@ def gates(cell: Cell, ready: tuple[Tensor, Tensor]) -> Rows:
     """A gate of every kind fitted on this cell's held-out base classes; one fitted on the test pictures beside them."""
     rows = {name: gated(cell, JointGate(*ready, columns), cell.plus) for name, columns in GATES.items()}
     bound = JointGate(*test_cues(cell), range(len(CUES)))
-    return {**rows, "all cues, fitted on the test pictures (no setting: needs their groups)": gated(cell, bound, cell.plus)}
+    return {
+        **rows,
+        "all cues, fitted on the test pictures (no setting: needs their groups)": gated(cell, bound, cell.plus),
+    }

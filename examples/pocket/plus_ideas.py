@@ -73,8 +73,8 @@ def weights(cell: Cell) -> Rows:
         return lambda pictures, classes: kind(trust(model, pictures, classes))
 
     rows = {name: figures(cell, model, weigh=by_trust(kind)) for name, kind in kinds.items()}
-    rows["view at weight 0.4 where half of the attention is in the true mask, else 0 (no setting: needs masks)"] = figures(
-        cell, model, weigh=lambda p, _: view * (p.bank.features["attention_in_mask"][:, 0] >= 0.5)
+    rows["view at weight 0.4 where half of the attention is in the true mask, else 0 (no setting: needs masks)"] = (
+        figures(cell, model, weigh=lambda p, _: view * (p.bank.features["attention_in_mask"][:, 0] >= 0.5))
     )
     for number in (1.0, 10.0):
         config = replace(PLUS, lambda_distill=number)
