@@ -124,6 +124,27 @@ def search_tables(output: Path) -> list[str]:
     return lines
 
 
+def idea_tables(output: Path) -> list[str]:
+    """Further ideas on the validation tasks: means, and joint HM beside plus task by task and over tasks and seeds."""
+    record = tables.read(output / "ideas.json")
+    plus = record[0]["ideas"][PLUS_ROW]["joint_hm"]
+    cells = sum(len(v) for v in plus.values())
+    lines = tables.header(
+        "validation tasks, behind CoOp, `test`", [*SHOWN.values(), "− plus", "tasks above", f"of {cells} runs above"]
+    )
+    for part in record:
+        lines.append(tables.line(f"*{part['group']}*", [""] * (len(SHOWN) + 3)))
+        for idea, metrics in part["ideas"].items():
+            found = metrics["joint_hm"]
+            gains = [a - b for task in plus for a, b in zip(found[task], plus[task], strict=True)]
+            gain, _, _, above = tables.paired(found, plus)
+            beside = [f"{gain:+.1f}", f"{above}/{len(plus)}", f"{sum(g > 0 for g in gains)}"]
+            row = [f"{mean(metrics[m]):.1f}" for m in SHOWN]
+            name = f"**{idea}**" if idea in (PAPER, PLUS_ROW) else idea
+            lines.append(tables.line(name, row + (["", "", ""] if idea == PLUS_ROW else beside)))
+    return lines
+
+
 def section(output: Path, kind: str, test: str, tasks: Sequence[str], title: str) -> list[str]:
     """Averages, differences and tasks of one tuner on some tasks; nothing where nothing is measured."""
     rows = gather(output, kind, test, tasks)
@@ -169,5 +190,9 @@ def page(output: Path = MEASURED) -> str:
         "## Every idea tried",
         "",
         *search_tables(output),
+        "",
+        (HERE / "plus_ideas_remarks.md").read_text("utf-8").rstrip(),
+        "",
+        *idea_tables(output),
     ]
     return "\n".join(parts) + "\n"
