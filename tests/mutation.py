@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -100,9 +101,10 @@ ALL = (
 )
 
 
-def mutmut(place: Path, *names: str) -> None:
+def mutmut(place: Path, at_once: int, *names: str) -> None:
     """Runs these mutants (names or patterns)."""
-    subprocess.run([sys.executable, "-m", "mutmut", "run", *names], cwd=place, check=True, stdout=sys.stderr)
+    command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(at_once), *names]
+    subprocess.run(command, cwd=place, check=True, stdout=sys.stderr)
 
 
 def verdicts(place: Path) -> dict[str, str]:
@@ -121,20 +123,23 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=60, help="mutants drawn of each sampled room")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at-least", type=float, default=85.0, help="percent noticed in the whole rooms")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args()
     total, left, draw = Counter[str](), [], random.Random(options.seed)
     print("| room | changes | noticed | of them never ended | survived | share |\n|---|---:|---:|---:|---:|---:|")
     for rooms in (rooms for rooms in ALL if rooms.name in options.rooms):
         place = rooms.prepare()
         if rooms.whole:
-            mutmut(place)
+            mutmut(place, options.at_once)
         else:
-            mutmut(place, f"{next(iter(rooms.mutants.values()))}*__init____mutmut_1")  # makes those of every room
+            mutmut(
+                place, options.at_once, f"{next(iter(rooms.mutants.values()))}*__init____mutmut_1"
+            )  # makes those of every room
         for room, start in rooms.mutants.items():
             chosen = sorted(name for name in verdicts(place) if name.startswith(start))
             if not rooms.whole:
                 chosen = draw.sample(chosen, min(options.sample, len(chosen)))
-                mutmut(place, *chosen)
+                mutmut(place, options.at_once, *chosen)
             after = verdicts(place)
             count = Counter(after[name] for name in chosen)
             noticed = count[NOTICED] + count[ENDLESS]
