@@ -1,7 +1,7 @@
 """Do the tests notice small changes to the code? Mutation testing by mutmut, room by room (`make mutation`).
 
 The rooms where a silent mistake would cost most are gone through whole: losses, heads, config and attention. Of the
-model, the tuners and the files a sample is drawn by a seed. A change that no test notices is a survivor; `mutmut show
+model, the tuners, the files and what goes to the Hub a sample is drawn by a seed. A change that no test notices is a survivor; `mutmut show
 NAME` prints it, in the copy of the project under output/mutation where all of this happens. One that never ends counts
 as noticed, and is counted once more on its own. What torch.compile traces cannot go through mutmut's trampolines, nor
 can tests that start other processes; they are left out.
@@ -37,6 +37,7 @@ class Rooms:
         name: of the copy. mutants: {room: how the names of its mutants begin}.
         files: patterns of the files that are changed. tests: files of tests, quick ones first.
         whole: whether every mutant is run, or a sample of each room.
+        first: a pattern of a few mutants; running it makes those of every room, of which the samples are drawn.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Rooms:
     files: Sequence[str]
     tests: Sequence[str]
     whole: bool
+    first: str = ""
 
     def prepare(self) -> Path:
         """A copy of the project with mutmut's settings."""
@@ -77,7 +79,7 @@ ALL = (
         "attention",
         {"attention": "fvg_adapter.attention"},
         ("fvg_adapter/attention*.py",),
-        ("test_attention_kernels", "test_attention", "test_families"),
+        ("test_attention_kernels", "test_attention_flow", "test_attention", "test_families"),
         whole=True,
     ),
     Rooms(
@@ -95,8 +97,22 @@ ALL = (
             "test_golden_mmrl",
             "test_lora",
             "test_tuner_life",
+            "test_features",
+            "test_foreground",
+            "test_convert",
+            "test_families",
+            "test_hub_in_process",
         ),
         whole=False,
+        first="fvg_adapter.model.*__init____mutmut_1",
+    ),
+    Rooms(
+        "hub",
+        {"hub": "fvg_adapter.hub.", "publishing": "fvg_adapter.publishing.", "card": "fvg_adapter.card."},
+        ("fvg_adapter/hub.py", "fvg_adapter/publishing.py", "fvg_adapter/card/*"),
+        ("test_card", "test_hub_in_process"),
+        whole=False,
+        first="fvg_adapter.hub.x_load__mutmut_1",
     ),
 )
 
