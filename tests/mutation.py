@@ -1,10 +1,10 @@
 """Do the tests notice small changes to the code? Mutation testing by mutmut, room by room (`make mutation`).
 
 The rooms where a silent mistake would cost most are gone through whole: losses, heads, config and attention. Of the
-model, the tuners, the files and what goes to the Hub a sample is drawn by a seed. A change that no test notices is a survivor; `mutmut show
-NAME` prints it, in the copy of the project under output/mutation where all of this happens. One that never ends counts
-as noticed, and is counted once more on its own. What torch.compile traces cannot go through mutmut's trampolines, nor
-can tests that start other processes; they are left out.
+model, the tuners, the files and what goes to the Hub a sample is drawn by a seed. A change that no test notices is a
+survivor; `mutmut show NAME` prints it, in the copy of the project under output/mutation where all of this happens. One
+that never ends counts as noticed, and is counted once more on its own. What torch.compile traces cannot go through
+mutmut's trampolines, nor can tests that start other processes; they are left out.
 """
 
 from __future__ import annotations
@@ -148,9 +148,7 @@ def main() -> None:
         if rooms.whole:
             mutmut(place, options.at_once)
         else:
-            mutmut(
-                place, options.at_once, f"{next(iter(rooms.mutants.values()))}*__init____mutmut_1"
-            )  # makes those of every room
+            mutmut(place, options.at_once, rooms.first)
         for room, start in rooms.mutants.items():
             chosen = sorted(name for name in verdicts(place) if name.startswith(start))
             if not rooms.whole:
