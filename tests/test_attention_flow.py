@@ -137,6 +137,14 @@ def test_each_answer_has_to_be_asked_for_at_the_start() -> None:
             record.relevance(score)
 
 
+def test_a_forward_without_gradients_says_what_to_do() -> None:
+    clip = make_clip().requires_grad_(False)
+    with record_attention(clip, relevance=True) as record:
+        clip.get_image_features(pixel_values=images())
+        with pytest.raises(FVGError, match=r"the recorded attention has no gradient; run .*requires_grad_\(\)"):
+            record.relevance(torch.ones(1, requires_grad=True))
+
+
 def test_relevance_in_half_precision() -> None:
     found = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -16,7 +16,8 @@ from transformers import CLIPModel
 
 from conftest import checkpoint_activations
 from fvg_adapter import FVGConfig, load, unwrap, wrap
-from fvg_adapter.tuners import MMRL, CoOp, KgCoOp, LoRA, PromptSRC, Tuner
+from fvg_adapter.errors import FVGError
+from fvg_adapter.tuners import MMRL, CoOp, KgCoOp, LoRA, PromptSRC, Tuner, tuner_named
 
 NAMES = ["cat", "dog", "hot_air_balloon"]
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -348,3 +349,16 @@ def test_200_steps_stay_finite(kind: str, half: bool, small_clip: CLIPModel, tok
         optimizer.step()
     assert torch.isfinite(loss)
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in model.trainable_parameters())
+
+
+def test_tuners_are_found_by_their_names() -> None:
+    assert tuner_named("coop") is tuner_named("fvg_adapter.tuners.coop:CoOp") is CoOp
+    for name, said in [
+        ("fvg_adapter.tuners:Absent", "'fvg_adapter.tuners:Absent' could not be imported"),
+        ("no_such_module:CoOp", "could not be imported"),
+        ("fvg_adapter.tuners:tuner_named", "is no tuner"),
+        ("fvg_adapter:FVGModel", "is no tuner"),
+        ("co-op", "'co-op' is unknown. Did you mean 'coop'.*package.module:Class"),
+    ]:
+        with pytest.raises(FVGError, match=said):
+            tuner_named(name)
