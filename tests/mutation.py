@@ -96,6 +96,7 @@ ALL = (
             "test_golden_promptsrc",
             "test_golden_mmrl",
             "test_lora",
+            "test_text_memory",
             "test_tuner_life",
             "test_features",
             "test_foreground",

@@ -185,7 +185,7 @@ def test_the_active_one_of_two_adapters_learns_and_both_are_kept(
 
 
 def test_ranks_by_layer_come_back(small_clip: CLIPModel, tokenizer: Any, pixels: Tensor, tmp_path: Any) -> None:
-    twin = copy.deepcopy(small_clip)
+    twin, plain = copy.deepcopy(small_clip), copy.deepcopy(small_clip)
     config = LoraConfig(
         r=2, target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 3}, alpha_pattern={"q_proj": 5}
     )
