@@ -6,6 +6,7 @@ set up (tokens, caches, offline mode, two machines at once) is in test_hub and t
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import warnings
@@ -323,6 +324,30 @@ def test_a_card_is_updated_alone(model: FVGModel, tmp_path: Path) -> None:
     update_card(folder, license="apache-2.0")
     about = json.loads((folder / "config.json").read_text())["about"]
     assert (about["license"], about["dataset"]) == ("apache-2.0", "pets")
+
+
+def test_a_folder_that_says_nothing_of_its_card_gets_one(model: FVGModel, tmp_path: Path) -> None:
+    folder = model.save_pretrained(tmp_path / "a")
+    config = json.loads((folder / "config.json").read_text())
+    del config["about"]
+    (folder / "config.json").write_text(json.dumps(config))
+    update_card(folder, license="mit")
+    assert json.loads((folder / "config.json").read_text())["about"]["license"] == "mit"
+
+
+def test_a_disk_that_fails_is_named(model: FVGModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model.save_pretrained(tmp_path / "a")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fvg_adapter.hub.settle", full)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(FVGError, match=f"^the card of {folder} could not be written: .*No space left.*It is as it was"):
+        update_card(folder, license="mit")
+    with pytest.raises(FVGError, match=f"^what a killed save left in {folder} could not be finished: .*No space left"):
+        push_folder(folder, "me/x")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
