@@ -111,7 +111,7 @@ ALL = (
         "hub",
         {"hub": "fvg_adapter.hub.", "publishing": "fvg_adapter.publishing.", "card": "fvg_adapter.card."},
         ("fvg_adapter/hub.py", "fvg_adapter/publishing.py", "fvg_adapter/card/*"),
-        ("test_card", "test_hub_in_process"),
+        ("test_card_text", "test_card", "test_hub_in_process"),
         whole=False,
         first="fvg_adapter.hub.x_load__mutmut_1",
     ),

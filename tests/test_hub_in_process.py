@@ -131,6 +131,9 @@ def test_branches_proposals_and_parents(hub: LoopbackHub, model: FVGModel) -> No
         moved(model).push_to_hub("me/x", branch="warm", **LOGIN)
     assert repo.sha("main") == first and repo.sha("warm") != first
     assert b'revision="warm"' in repo.files("warm")["README.md"] and b"revision=" not in card
+    repo.commit("warm", {**repo.files("warm"), "README.md": b"# Theirs"})
+    moved(model).push_to_hub("me/x", branch="warm", **LOGIN)  # edited on the branch, not on main
+    assert repo.files("warm")["README.md"] == b"# Theirs" and repo.files()["README.md"] == card
     url = moved(model).push_to_hub("me/x", create_pr=True, **LOGIN)
     assert set(repo.refs) == {"main", "warm", "refs/pr/1"} and repo.sha("main") == first
     assert repo.sha("refs/pr/1") in url
@@ -305,6 +308,9 @@ def test_paths_and_strange_pictures_stay_here(model: FVGModel, tmp_path: Path) -
     (folder / "config.json").write_text(json.dumps(config))
     found = config_to_push(folder)
     assert "path" not in found["base_model"]
+    del config["base_model"]["path"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert config_to_push(folder)["base_model"] == found["base_model"]  # there is none where the base is on the Hub
     assert found["about"]["picture"] and found["about"]["license"] == "mit"
     (folder / "attention.png").write_bytes(b"another")
     assert "picture" not in config_to_push(folder)["about"]
