@@ -100,7 +100,6 @@ ALL = (
             "test_tuner_life",
             "test_features",
             "test_foreground",
-            "test_convert",
             "test_families",
             "test_hub_in_process",
         ),
