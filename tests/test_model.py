@@ -139,6 +139,14 @@ def test_a_callable_is_asked_with_the_classes_of_a_batch_in_training_alone(tuner
     assert len(asked) == 1
 
 
+def test_features_need_the_attended_view_at_inference_alone(tuner: CoOp, pixels: Tensor) -> None:
+    model = wrap(tuner, foreground="whole", config=FVGConfig(attended_view=0.3))
+    features = {"image": tuner.image_features(pixels).detach()}
+    assert bool(model(features=features, labels=LABELS).loss.isfinite())
+    with pytest.raises(FVGError, match="these features lack 'attended'"):
+        model.eval()(features=features)
+
+
 def test_evaluation_computes_the_branch_asked_for_alone(model: FVGModel, pixels: Tensor) -> None:
     model.eval()
     base = model(pixels, LABELS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import json
+import logging
 import os
 import pickle
 from pathlib import Path
@@ -209,6 +211,25 @@ def test_given_text_features_need_no_tokenizer(small_clip: CLIPModel, tmp_path: 
     loaded = load(tmp_path / "a", clip=vision)
     with torch.no_grad():
         assert torch.equal(loaded(pixels).logits, model.eval()(pixels).logits)
+
+
+def test_what_is_told_of_files(
+    model: FVGModel, small_clip: CLIPModel, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = model.save_pretrained(tmp_path / "a")
+    versions = json.loads((folder / "config.json").read_text())["versions"]
+    assert versions["torch"] == importlib.metadata.version("torch") and all(versions.values())
+    with caplog.at_level(logging.INFO, logger="fvg_adapter"):
+        load(folder, clip=small_clip, tokenizer=tokenizer).release().detach()
+    assert f"loading a FVGModel from {folder}" in caplog.messages
+    heads = folder / "fvg_heads.safetensors"
+    save_file({**load_file(heads), "x" * 200: torch.zeros(1)}, heads)
+    rehash(folder, heads.name)
+    with pytest.raises(FVGError, match="unexpected x{80}[^x]"):
+        load(folder, clip=small_clip, tokenizer=tokenizer)
+    heads.rename(folder / "heads.bin")
+    with pytest.raises(FVGError, match=r"whole folder\. It holds pickle files \(heads.bin\)"):
+        read(folder)
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
