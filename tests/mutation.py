@@ -1,16 +1,17 @@
 """Do the tests notice small changes to the code? Mutation testing by mutmut, room by room (`make mutation`).
 
 The rooms where a silent mistake would cost most are gone through whole: losses, heads, config and attention. Of the
-model, the tuners and the files a sample is drawn by a seed. A change that no test notices is a survivor; `mutmut show
-NAME` prints it, in the copy of the project under output/mutation where all of this happens. One that never ends counts
-as noticed, and is counted once more on its own. What torch.compile traces cannot go through mutmut's trampolines, nor
-can tests that start other processes; they are left out.
+model, the tuners, the files and what goes to the Hub a sample is drawn by a seed. A change that no test notices is a
+survivor; `mutmut show NAME` prints it, in the copy of the project under output/mutation where all of this happens. One
+that never ends counts as noticed, and is counted once more on its own. What torch.compile traces cannot go through
+mutmut's trampolines, nor can tests that start other processes; they are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ class Rooms:
         name: of the copy. mutants: {room: how the names of its mutants begin}.
         files: patterns of the files that are changed. tests: files of tests, quick ones first.
         whole: whether every mutant is run, or a sample of each room.
+        first: a pattern of a few mutants; running it makes those of every room, of which the samples are drawn.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Rooms:
     files: Sequence[str]
     tests: Sequence[str]
     whole: bool
+    first: str = ""
 
     def prepare(self) -> Path:
         """A copy of the project with mutmut's settings."""
@@ -76,7 +79,7 @@ ALL = (
         "attention",
         {"attention": "fvg_adapter.attention"},
         ("fvg_adapter/attention*.py",),
-        ("test_attention_kernels", "test_attention", "test_families"),
+        ("test_attention_kernels", "test_attention_flow", "test_attention", "test_families"),
         whole=True,
     ),
     Rooms(
@@ -93,16 +96,31 @@ ALL = (
             "test_golden_promptsrc",
             "test_golden_mmrl",
             "test_lora",
+            "test_text_memory",
             "test_tuner_life",
+            "test_features",
+            "test_foreground",
+            "test_families",
+            "test_hub_in_process",
         ),
         whole=False,
+        first="fvg_adapter.model.*__init____mutmut_1",
+    ),
+    Rooms(
+        "hub",
+        {"hub": "fvg_adapter.hub.", "publishing": "fvg_adapter.publishing.", "card": "fvg_adapter.card."},
+        ("fvg_adapter/hub.py", "fvg_adapter/publishing.py", "fvg_adapter/card/*"),
+        ("test_card_text", "test_card", "test_hub_in_process"),
+        whole=False,
+        first="fvg_adapter.hub.x_load__mutmut_1",
     ),
 )
 
 
-def mutmut(place: Path, *names: str) -> None:
+def mutmut(place: Path, at_once: int, *names: str) -> None:
     """Runs these mutants (names or patterns)."""
-    subprocess.run([sys.executable, "-m", "mutmut", "run", *names], cwd=place, check=True, stdout=sys.stderr)
+    command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(at_once), *names]
+    subprocess.run(command, cwd=place, check=True, stdout=sys.stderr)
 
 
 def verdicts(place: Path) -> dict[str, str]:
@@ -121,20 +139,21 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=60, help="mutants drawn of each sampled room")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at-least", type=float, default=85.0, help="percent noticed in the whole rooms")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args()
     total, left, draw = Counter[str](), [], random.Random(options.seed)
     print("| room | changes | noticed | of them never ended | survived | share |\n|---|---:|---:|---:|---:|---:|")
     for rooms in (rooms for rooms in ALL if rooms.name in options.rooms):
         place = rooms.prepare()
         if rooms.whole:
-            mutmut(place)
+            mutmut(place, options.at_once)
         else:
-            mutmut(place, f"{next(iter(rooms.mutants.values()))}*__init____mutmut_1")  # makes those of every room
+            mutmut(place, options.at_once, rooms.first)
         for room, start in rooms.mutants.items():
             chosen = sorted(name for name in verdicts(place) if name.startswith(start))
             if not rooms.whole:
                 chosen = draw.sample(chosen, min(options.sample, len(chosen)))
-                mutmut(place, *chosen)
+                mutmut(place, options.at_once, *chosen)
             after = verdicts(place)
             count = Counter(after[name] for name in chosen)
             noticed = count[NOTICED] + count[ENDLESS]

@@ -61,6 +61,18 @@ def test_a_pooling_head_equals_torch(bias: bool, kind: str, by_name: bool) -> No
         assert bool((row[1, :, 3:] == 0).all()) and bool((row[0] > 0).all())
 
 
+def test_arguments_of_a_pooling_head_in_any_form() -> None:
+    head = packed()
+    probe, keys, values = torch.randn(B, 1, D), torch.randn(B, N, D), torch.randn(B, N, D)
+    for args, kwargs in [
+        ((probe, keys, values), {}),
+        ((probe, keys), {"value": values}),
+        ((probe,), {"key": keys, "value": values}),
+    ]:
+        seen = Seen.of(SIGLIP, head, args, kwargs)
+        assert seen.probe is probe and seen.hidden is keys and seen.mask is None
+
+
 def test_every_head_of_a_pooling_head_counts() -> None:
     head = packed()
     probe, hidden = torch.randn(B, 1, D), torch.randn(B, N, D)
@@ -93,7 +105,7 @@ class Plain(nn.Module):
 
 def by_loops(module: Any, hidden: Tensor, added: Tensor | None) -> Tensor:
     """(B, heads, N, N), one weight at a time."""
-    query, keys = module.q_proj(hidden), module.k_proj(hidden)
+    query, keys = module.q_proj(hidden).detach(), module.k_proj(hidden).detach()
     result, d = torch.zeros(B, HEADS, N, N), D // HEADS
     for b in range(B):
         for h in range(HEADS):
@@ -111,8 +123,13 @@ def by_loops(module: Any, hidden: Tensor, added: Tensor | None) -> Tensor:
 
 @pytest.mark.parametrize("form", [None, "shared", "per head", "bool"])
 @pytest.mark.parametrize("positional", [True, False])
-@torch.no_grad()
-def test_rows_and_matrices_with_masks(form: str | None, positional: bool) -> None:
+@pytest.mark.parametrize("learning", [True, False])
+def test_rows_and_matrices_with_masks(form: str | None, positional: bool, learning: bool) -> None:
+    with torch.set_grad_enabled(learning):  # where a gradient may be wanted, the keys are formed
+        rows_and_matrices_with_masks(form, positional)
+
+
+def rows_and_matrices_with_masks(form: str | None, positional: bool) -> None:
     module, hidden = Plain(), torch.randn(B, N, D)
     added = None if form is None else torch.randn(B, HEADS if form == "per head" else 1, N, N)
     given = added
@@ -128,6 +145,17 @@ def test_rows_and_matrices_with_masks(form: str | None, positional: bool) -> Non
     torch.testing.assert_close(row_of(CLIP, seen), expected[:, :, 0], atol=1e-5, rtol=0)
 
 
+def test_masks_of_two_heads_are_two() -> None:
+    module, hidden = Plain(), torch.randn(B, N, D)
+    module.num_heads, module.head_dim = 2, D // 2
+    added = torch.randn(B, 2, N, N)
+    shared = [Seen.of(CLIP, module, (hidden,), {"attention_mask": added[:, h : h + 1]}) for h in range(2)]
+    seen = Seen.of(CLIP, module, (hidden,), {"attention_mask": added})
+    for head in range(2):
+        assert torch.equal(matrix_of(CLIP, seen, head), matrix_of(CLIP, shared[head], head))
+    assert not torch.allclose(matrix_of(CLIP, seen, 1), matrix_of(CLIP, shared[0], 1))
+
+
 def test_a_mask_of_another_rank_is_not_taken_for_one() -> None:
     module, hidden = Plain(), torch.randn(B, N, D)
     assert Seen.of(CLIP, module, (hidden, torch.ones(B, N)), {}).mask is None  # a padding mask (B, N): another meaning
@@ -139,8 +167,11 @@ def test_number_of_heads_by_any_name() -> None:
     hidden = torch.zeros(1, 1, D)
     module = Plain()
     assert heads_of(CLIP, Seen(module, hidden)) == HEADS
+    module.num_heads = 6  # says more than what follows
+    assert heads_of(CLIP, Seen(module, hidden)) == 6
     del module.num_heads
-    assert heads_of(CLIP, Seen(module, hidden)) == HEADS  # from the width of one
+    found = heads_of(CLIP, Seen(module, hidden))
+    assert found == HEADS and type(found) is int  # from the width of one
     module.num_attention_heads = 2  # type: ignore[assignment]
     assert heads_of(CLIP, Seen(module, hidden)) == 2
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import CLIPModel
 
 from conftest import Golden
+from fvg_adapter.errors import FVGError
 from fvg_adapter.tuners import CoOp, ZeroShot
 
 CASES = ["init_end", "init_front", "init_middle", "random_end", "csc_end", "csc_front", "csc_middle"]
@@ -103,3 +105,13 @@ def test_prompts_are_the_authors_tokens(
     prompts = tuner.prompts(case.config["classnames"])
     ends = prompts.attention_mask.sum(1) - 1
     assert torch.equal(ends, case["eot_index"])
+
+
+def test_contexts_of_classes_score_no_others(small_clip: CLIPModel, tokenizer: Any, pixels: Tensor) -> None:
+    tuner = CoOp(small_clip, tokenizer, ["snow_leopard", "cat", "dog"], csc=True, ctx_init="")
+    expected = tuner(pixels).logits
+    with pytest.raises(FVGError, match=r"tuned for 3 classes and cannot score others, such as \['cats'\].*'cat'"):
+        tuner.set_classes(["cat", "cats"])
+    assert tuner.classes == ("snow_leopard", "cat", "dog")
+    tuner.set_classes(["dog", "snow leopard"])  # each with its own context
+    torch.testing.assert_close(tuner(pixels).logits, expected[:, [2, 0]])

@@ -17,6 +17,7 @@ from fvg_adapter.errors import FVGError
 from fvg_adapter.tuners import PromptSRC
 from fvg_adapter.tuners.averaging import GaussianAverage, gaussian_weights
 from fvg_adapter.tuners.prompts import fill
+from fvg_adapter.tuners.promptsrc import MAX_TEMPLATES
 from fvg_adapter.tuners.recipes import dassl_learning_rate
 from fvg_adapter.tuners.templates import PROMPTSRC_TEMPLATES
 
@@ -295,8 +296,15 @@ def test_an_interrupted_average_goes_on(small_clip: CLIPModel, tokenizer: Any) -
         first.apply(tuner)
     with pytest.raises(FVGError, match="epoch 3 of 3 is to be averaged next, but 1 was given"):
         first.update(tuner, 1)
-    with pytest.raises(FVGError, match="at least 1 epoch"):
-        GaussianAverage(0)
+    one = GaussianAverage(1)
+    one.update(tuner, 1)
+    with torch.no_grad():
+        tuner.text_ctx.zero_()
+    one.apply(tuner)
+    close(tuner.text_ctx, expected, 1e-6)  # the last epoch is all there is
+    for wrong in ({"epochs": 0}, {"epochs": 3, "std": 0}):
+        with pytest.raises(FVGError, match="at least 1 epoch and std above 0, but got"):
+            GaussianAverage(**wrong)  # type: ignore[arg-type]
 
 
 # -- what does not fit -----------------------------------------------------------------------------------------------
@@ -313,6 +321,8 @@ def test_an_interrupted_average_goes_on(small_clip: CLIPModel, tokenizer: Any) -
         ({"n_ctx_text": 76}, "tokens, but the text tower holds 77"),
         ({"teacher_templates": ()}, "teacher_templates is empty"),
         ({"teacher_templates": ("photo",)}, "exactly one"),
+        ({"teacher_templates": ("a {}.",) * (MAX_TEMPLATES + 1)}, f"prompts; at most {MAX_TEMPLATES}"),
+        ({"prompt_depth_vision": -1}, "prompt_depth_vision -1; at least 1 and 0 are needed"),
     ],
 )
 def test_what_does_not_fit(options: dict[str, Any], message: str, small_clip: CLIPModel, tokenizer: Any) -> None:

@@ -20,6 +20,7 @@ from transformers import CLIPModel
 from fvg_adapter import load, wrap
 from fvg_adapter.errors import FVGError
 from fvg_adapter.tuners import CoOp, LoRA, ZeroShot
+from fvg_adapter.untrusted import sha256_of
 
 NAMES = ["cat", "dog", "hot_air_balloon"]
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -166,6 +167,45 @@ def test_adapters_that_are_there_can_be_tuned_further(small_clip: CLIPModel, tok
     tuner(pixels, LABELS).loss.backward()
     assert tuner.detach() is peft
     assert hasattr(small_clip.vision_model.encoder.layers[0].self_attn.q_proj, "lora_A")
+
+
+def test_the_active_one_of_two_adapters_learns_and_both_are_kept(
+    small_clip: CLIPModel, tokenizer: Any, pixels: Tensor
+) -> None:
+    peft = get_peft_model(small_clip, LoraConfig(r=2, target_modules=r".*q_proj"))
+    peft.add_adapter("other", LoraConfig(r=3, target_modules=r".*q_proj"))
+    shaken(peft)
+    values = {n: p.detach().clone() for n, p in peft.named_parameters() if "lora_" in n}
+    tuner = LoRA(peft, tokenizer, NAMES)
+    learning = [n for n, p in tuner.named_parameters() if p.requires_grad]
+    assert len(learning) == 8 and all(".default." in n for n in learning)
+    state = tuner.state_dict()
+    assert sum(".other." in n for n in state) == sum(".default." in n for n in state) == 8
+    tuner.half()  # of the CLIP; adapters learn in full precision
+    own = {n: p for n, p in peft.named_parameters() if "lora_" in n}
+    assert len(own) == 16
+    for name, parameter in own.items():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, values[name]), name
+
+
+def test_ranks_by_layer_come_back(small_clip: CLIPModel, tokenizer: Any, pixels: Tensor, tmp_path: Any) -> None:
+    twin, plain = copy.deepcopy(small_clip), copy.deepcopy(small_clip)
+    config = LoraConfig(
+        r=2, target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 3}, alpha_pattern={"q_proj": 5}
+    )
+    tuner = LoRA(shaken(get_peft_model(small_clip, config)), tokenizer, NAMES)
+    folder = tuner.save_pretrained(tmp_path / "saved")
+    loaded = load(folder, clip=twin, tokenizer=tokenizer)
+    close(loaded(pixels).logits, tuner(pixels).logits, 0)
+    assert {m.lora_A["default"].weight.shape[0] for n, m in twin.named_modules() if n.endswith("k_proj")} == {3}
+    for key in ("k-proj", "(a+)+$", "x" * 301):
+        record = json.loads((folder / "lora/adapter_config.json").read_text())
+        (folder / "lora/adapter_config.json").write_text(json.dumps({**record, "rank_pattern": {key: 3}}))
+        saved = json.loads((folder / "config.json").read_text())
+        saved["sha256"]["lora/adapter_config.json"] = sha256_of(folder / "lora/adapter_config.json")
+        (folder / "config.json").write_text(json.dumps(saved))
+        with pytest.raises(FVGError, match="in rank_pattern; the name of a module is expected"):
+            load(folder, clip=plain, tokenizer=tokenizer)
 
 
 def test_the_prior_needs_unmerged_weights(small_clip: CLIPModel, tokenizer: Any, pixels: Tensor) -> None:

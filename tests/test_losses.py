@@ -41,6 +41,8 @@ def test_foreground_cues_by_hand() -> None:
     h_fg = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     cosine = 0.5 / (math.sqrt(0.5) * math.sqrt(0.0625 + 0.5625))
     torch.testing.assert_close(cues, torch.tensor([[math.log(2) - h_fg, cosine, 0.3]]))
+    precise = L.foreground_cues(z_full, z_fg, torch.tensor([0.3], dtype=torch.float64), TAU)
+    assert torch.equal(precise, cues) and precise.dtype == torch.float32  # as the gate that reads them
 
 
 def test_reliability_target_is_strict_and_has_a_margin() -> None:
@@ -109,13 +111,14 @@ def test_examples() -> None:
     assert ran.attempted >= 4 and ran.failed == 0
 
 
-def test_joint_rule_against_a_loop() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_joint_rule_against_a_loop(temperature: float) -> None:
     torch.manual_seed(1)
     z_prior, z_base, z_new = torch.randn(3, 2, 5, dtype=torch.float64).unbind()
     is_base = torch.tensor([True, False, True, False, False])
-    found = L.joint_log_probs(z_prior, z_base, z_new, is_base).exp()
+    found = L.joint_log_probs(z_prior, z_base, z_new, is_base, group_temperature=temperature).exp()
     for i in range(2):
-        prior = softmax(z_prior[i].tolist(), 1.0)
+        prior = softmax(z_prior[i].tolist(), temperature)
         for group, z in ((True, z_base), (False, z_new)):
             members = [c for c in range(5) if bool(is_base[c]) is group]
             inside = softmax([float(z[i, c]) for c in members], 1.0)

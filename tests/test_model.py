@@ -15,6 +15,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from conftest import CLASSES, NEW_CLASSES
 from fvg_adapter import FVGConfig, FVGModel, wrap
 from fvg_adapter.errors import ForegroundWarning, FVGError
+from fvg_adapter.model import answer_score
 from fvg_adapter.tuners import CoOp
 
 LABELS = torch.tensor([0, 5, 2, 2])
@@ -84,6 +85,66 @@ def test_training_computes_both_branches_and_l(model: FVGModel, pixels: Tensor) 
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert all(g is not None and bool(g.isfinite().all()) and bool(g.any()) for g in grads.values())
     assert all(p.grad is None for p in model.tuner.parameters())
+
+
+def test_training_gives_the_logits_of_the_branch_asked_for(model: FVGModel, pixels: Tensor) -> None:
+    found = {branch: model(pixels, LABELS, boxes(), branch=branch) for branch in ("auto", "base", "new", "joint")}
+    assert all(torch.equal(found["auto"].loss, output.loss) for output in found.values())
+    assert torch.equal(found["base"].logits, found["base"].logits_base)
+    assert torch.equal(found["auto"].logits, found["base"].logits)
+    assert torch.equal(found["new"].logits, found["new"].logits_new)
+    assert not torch.allclose(found["new"].logits, found["base"].logits)
+    joint = found["joint"].logits
+    with torch.no_grad():
+        close(joint, model.eval()(pixels, branch="joint").logits)
+    assert torch.allclose(joint.logsumexp(-1), torch.zeros(4), atol=1e-5)  # log-probabilities
+
+
+def test_class_relevance_asks_each_class_in_its_own_branch(model: FVGModel, pixels: Tensor) -> None:
+    names = [*NEW_CLASSES[:2], *CLASSES[:3], NEW_CLASSES[2]]
+    model.eval().set_classes(names)
+    for branch in ("base", "new"):
+        output = model(pixels, branch=branch)
+        assert torch.equal(model.class_logits(output), output.logits)
+    output = model(pixels, branch="joint")
+    asked = model.class_logits(output)
+    for column, name in enumerate(names):
+        expected = output.logits_base if name in CLASSES else output.logits_new
+        assert torch.equal(asked[:, column], expected[:, column]), name
+    answers = output.logits.argmax(-1).tolist()
+    expected = torch.stack([asked[row, answer] for row, answer in enumerate(answers)])
+    assert torch.equal(answer_score(model, output), expected)
+    tuned = model.tuner(pixels)
+    assert torch.equal(answer_score(model.tuner, tuned), tuned.logits.max(-1).values)
+
+
+def test_the_constructor_alone_looks_at_the_attention(tuner: CoOp) -> None:
+    model = FVGModel(tuner)
+    assert model.foreground == model.status().foreground == "attention" and model.config == FVGConfig()
+    assert model.training and not tuner.training
+
+
+def test_a_callable_is_asked_with_the_classes_of_a_batch_in_training_alone(tuner: CoOp, pixels: Tensor) -> None:
+    asked: list[Any] = []
+
+    def masks(images: Tensor, classes: Any = None) -> Tensor:
+        asked.append(classes)
+        return boxes(len(images))
+
+    model = wrap(tuner, foreground=masks)
+    model(pixels, LABELS)
+    assert asked == [[CLASSES[label] for label in LABELS]]
+    model(pixels, LABELS, boxes())  # a given mask is taken
+    model.eval()(pixels, LABELS)
+    assert len(asked) == 1
+
+
+def test_features_need_the_attended_view_at_inference_alone(tuner: CoOp, pixels: Tensor) -> None:
+    model = wrap(tuner, foreground="whole", config=FVGConfig(attended_view=0.3))
+    features = {"image": tuner.image_features(pixels).detach()}
+    assert bool(model(features=features, labels=LABELS).loss.isfinite())
+    with pytest.raises(FVGError, match="these features lack 'attended'"):
+        model.eval()(features=features)
 
 
 def test_evaluation_computes_the_branch_asked_for_alone(model: FVGModel, pixels: Tensor) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import json
+import logging
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPVisionModelWithProjection
 
 from conftest import CLASSES, GOLDEN, NEW_CLASSES, small_config
-from fvg_adapter import FVGModel, files, load, wrap
+from fvg_adapter import FVGConfig, FVGModel, files, load, wrap
 from fvg_adapter.errors import FVGError
 from fvg_adapter.replacing import read_whole
 from fvg_adapter.storage import read
@@ -141,7 +144,9 @@ def rehash(folder: Path, name: str) -> None:
     edit(folder, sha256={**hashes, name: sha256_of(folder / name)})
 
 
-def test_bad_files_are_refused(model: FVGModel, small_clip: CLIPModel, tokenizer: Any, tmp_path: Path) -> None:
+def test_bad_files_are_refused(
+    model: FVGModel, small_clip: CLIPModel, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hooks = sum(len(m._forward_hooks) for m in small_clip.modules())
 
     def refused(message: str, change: Any) -> None:
@@ -169,6 +174,9 @@ def test_bad_files_are_refused(model: FVGModel, small_clip: CLIPModel, tokenizer
         torch.save({}, folder / heads)
         rehash(folder, heads)
 
+    def beside_a_pickle(folder: Path) -> None:
+        (folder / heads).rename(folder / "heads.bin")
+
     refused("format version 2, but this fvg_adapter reads up to 1", lambda f: edit(f, format_version=2))
     refused("format_version 'new'", lambda f: edit(f, format_version="new"))
     refused("no fvg_adapter config", lambda f: edit(f, format="other"))
@@ -177,14 +185,77 @@ def test_bad_files_are_refused(model: FVGModel, small_clip: CLIPModel, tokenizer
     refused("has no config.json", lambda f: (f / "config.json").unlink())
     refused(f"has no {heads}", lambda f: (f / heads).unlink())
     refused("no whole safetensors file", lambda f: (f / heads).write_bytes((f / heads).read_bytes()[:-10]))
-    refused("no whole safetensors file", pickled)
+    refused("fvg_heads.safetensors is no whole safetensors file but a pickle, which can run code", pickled)
+    for protocol in (2, 3, 4, 5):
+        bare = pickle.dumps({"x": list(range(100))}, protocol=protocol)
+        refused("file but a pickle", lambda f, bare=bare: (f / heads).write_bytes(bare))
     refused("sha256 differs", lambda f: save_file({"a": torch.zeros(1)}, f / heads))
     refused("missing visual_adapter.down.weight; unexpected visual_adapter.sideways", renamed)
     refused(r"backbone_gate.out.bias is \(2,\), expected \(1,\)", misshapen)
     refused("'copo', which is not registered here. Did you mean 'coop'", lambda f: edit(f, tuner={"kind": "copo"}))
     refused("arguments do not fit", lambda f: edit(f, tuner={"kind": "coop", "arguments": {"n_token": 3}}))
+    refused(rf"has no {heads}, .*whole folder. It holds pickle files \(heads.bin\)", beside_a_pickle)
     refused("lists a file '../x'", lambda f: edit(f, sha256={"../x": "0"}))
+    monkeypatch.setattr("fvg_adapter.storage.MAX_CLASSES", 5)
+    refused(r"'classes' holds 6 class names; more than 5 are not read", lambda f: edit(f, base_classes=CLASSES[:5]))
+    monkeypatch.setattr("fvg_adapter.storage.MAX_CLASSES", 6)
+    load(model.save_pretrained(tmp_path / "whole"), clip=small_clip, tokenizer=tokenizer).release().detach()
     assert sum(len(m._forward_hooks) for m in small_clip.modules()) == hooks  # failed loads left nothing
+
+
+def test_settings_come_back(small_clip: CLIPModel, tokenizer: Any, tmp_path: Path) -> None:
+    settings = FVGConfig(
+        bottleneck=5, gate_hidden=7, temperature=2.0, attended_view=0.3, image_mean=(0.1, 0.2, 0.3), trust="half"
+    )
+    base = [*CLASSES, "one more"]
+    model = FVGModel(ZeroShot(small_clip, tokenizer, CLASSES), settings, foreground="whole", base_classes=base)
+    model.set_classes(NEW_CLASSES)
+    config = json.loads((model.save_pretrained(tmp_path / "a") / "config.json").read_text())
+    assert config["preprocessing"] == {
+        "image_size": [32, 32], "image_mean": [0.1, 0.2, 0.3], "image_std": list(settings.image_std),
+    }  # fmt: skip
+    assert (config["kind"], config["foreground"], config["base_classes"]) == ("fvg", "whole", base)
+    loaded = load(tmp_path / "a", clip=small_clip, tokenizer=tokenizer)
+    assert isinstance(loaded, FVGModel) and loaded.config == settings and loaded.foreground == "whole"
+    assert loaded.base_classes == tuple(base) and loaded.classes == tuple(NEW_CLASSES)
+    assert loaded.saved_in == tmp_path / "a" and loaded.about == {}
+    assert loaded.wraps_clip and not load_tuned(small_clip, tokenizer, tmp_path).wraps_clip
+
+
+def load_tuned(clip: CLIPModel, tokenizer: Any, folder: Path) -> Any:
+    saved = wrap(CoOp(clip, tokenizer, CLASSES), foreground="given").save_pretrained(folder / "tuned")
+    return load(saved, clip=clip, tokenizer=tokenizer)
+
+
+def test_given_text_features_need_no_tokenizer(small_clip: CLIPModel, tmp_path: Path, pixels: Tensor) -> None:
+    from transformers import CLIPVisionModelWithProjection
+
+    vision = CLIPVisionModelWithProjection(small_clip.config.vision_config).eval()
+    features = {name: torch.randn(16) for name in CLASSES}
+    model = wrap(vision, classes=features, foreground="given")
+    model.save_pretrained(tmp_path / "a")
+    loaded = load(tmp_path / "a", clip=vision)
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels).logits, model.eval()(pixels).logits)
+
+
+def test_what_is_told_of_files(
+    model: FVGModel, small_clip: CLIPModel, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = model.save_pretrained(tmp_path / "a")
+    versions = json.loads((folder / "config.json").read_text())["versions"]
+    assert versions["torch"] == importlib.metadata.version("torch") and all(versions.values())
+    with caplog.at_level(logging.INFO, logger="fvg_adapter"):
+        load(folder, clip=small_clip, tokenizer=tokenizer).release().detach()
+    assert f"loading a FVGModel from {folder}" in caplog.messages
+    heads = folder / "fvg_heads.safetensors"
+    save_file({**load_file(heads), "x" * 200: torch.zeros(1)}, heads)
+    rehash(folder, heads.name)
+    with pytest.raises(FVGError, match="unexpected x{80}[^x]"):
+        load(folder, clip=small_clip, tokenizer=tokenizer)
+    heads.rename(folder / "heads.bin")
+    with pytest.raises(FVGError, match=r"whole folder\. It holds pickle files \(heads.bin\)"):
+        read(folder)
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
@@ -292,5 +363,8 @@ def test_a_lora_config_that_is_replaced_while_its_base_model_loads(
     _, config, tensors = read_whole(folder, read)
     record = json.loads((folder / "lora/adapter_config.json").read_text())
     (folder / "lora/adapter_config.json").write_text(json.dumps({**record, "lora_alpha": 9}))
+    other = r"lora.adapter_config.json is not the file that was saved with this config.json \(its sha256 differs\)"
+    with pytest.raises(FVGError, match=other):
+        load(folder, clip=small_clip, tokenizer=tokenizer)
     with pytest.raises(FVGError, match="sha256 differs"):
         LoRA.rebuild(config, tensors, small_clip, tokenizer, folder=folder)

@@ -17,7 +17,7 @@ from transformers import CLIPModel
 from conftest import checkpoint_activations
 from fvg_adapter import FVGConfig, load, unwrap, wrap
 from fvg_adapter.errors import FVGError
-from fvg_adapter.tuners import MMRL, CoOp, KgCoOp, LoRA, PromptSRC, Tuner
+from fvg_adapter.tuners import MMRL, CoOp, KgCoOp, LoRA, PromptSRC, Tuner, tuner_named
 
 NAMES = ["cat", "dog", "hot_air_balloon"]
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -366,3 +366,16 @@ def test_contexts_that_cannot_be(given: dict[str, Any], said: str, small_clip: C
     with pytest.raises(FVGError, match=said):
         CoOp(small_clip, tokenizer, NAMES, **given)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in small_clip.modules())
+
+
+def test_tuners_are_found_by_their_names() -> None:
+    assert tuner_named("coop") is tuner_named("fvg_adapter.tuners.coop:CoOp") is CoOp
+    for name, said in [
+        ("fvg_adapter.tuners:Absent", "'fvg_adapter.tuners:Absent' could not be imported"),
+        ("no_such_module:CoOp", "could not be imported"),
+        ("fvg_adapter.tuners:tuner_named", "is no tuner"),
+        ("fvg_adapter:FVGModel", "is no tuner"),
+        ("co-op", "'co-op' is unknown. Did you mean 'coop'.*package.module:Class"),
+    ]:
+        with pytest.raises(FVGError, match=said):
+            tuner_named(name)
