@@ -28,7 +28,7 @@ from fvg_adapter.data.watch import looks_inverted
 from fvg_adapter.errors import FVGError, nearest
 from fvg_adapter.launched import Processes
 from fvg_adapter.mask_makers import Maker
-from fvg_adapter.replacing import others_in, written
+from fvg_adapter.replacing import others_in, sweep, written
 from fvg_adapter.untrusted import read_json
 
 FORMATS = ("png", "jpg")
@@ -150,6 +150,7 @@ class _Row:
 def _begin(folder: Path, plan: dict[str, Any]) -> None:
     """Makes the folder, or finds that it is ours and goes on."""
     file = folder / PLAN
+    sweep(folder)  # of a run that was killed right after the plan was in its place
     if file.exists():
         try:
             found = read_json(file, "what the masks were made with")
