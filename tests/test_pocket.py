@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +73,23 @@ def test_averages_and_paired_differences_by_hand() -> None:
 def test_the_results_page_is_what_the_measured_files_say() -> None:
     page = results.page(results.MEASURED, [1, 2, 3])
     assert page == results.PAGE.read_text("utf-8"), "run python -m examples.pocket.results"
+
+
+def test_the_command_and_the_suites_own_loop_find_the_same() -> None:
+    """`fvg-adapter reproduce` wrote docs/pocket_tables.md, `examples.pocket.results` the measured files: one method."""
+    page = (ROOT / "docs" / "pocket_tables.md").read_text("utf-8")
+    seen = 0
+    for section in page.split("\n## ")[1:]:
+        kind, split = section.split(":")[0].lower(), (re.findall(r"\(`(test_\w+)`\)\n", section) or ["test"])[0]
+        ours = f"{kind}+fvg"
+        names = ("clip", kind, ours, f"{ours} [x_fg=x]", f"{ours} [lambda_d=0]", f"{ours} [shuffled masks]")
+        for line in re.findall(r"^\| (\w+) \|(( [\d.]+ / [\d.]+ / [\d.]+ \|){6})$", section, re.MULTILINE):
+            for name, cell in zip(names, line[1].split("|"), strict=False):
+                rows = tables.gather(results.MEASURED / kind, [line[0]], split)[name]
+                measured = [fmean(rows[metric][line[0]]) for metric in ("base", "new", "hm")]
+                assert [float(value) for value in cell.split(" / ")] == pytest.approx(measured, abs=0.11), (name, line)
+                seen += 1
+    assert seen == 2 * 3 * 9 * 6
 
 
 def test_every_tuner_was_measured_with_every_control_on_all_its_tasks_and_seeds() -> None:
