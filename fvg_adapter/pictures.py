@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fvg_adapter.data import Files, PairedTransform, base_new_split, few_shot_indices, open_dataset, select_classes
+from fvg_adapter.data.errors import listed
 from fvg_adapter.errors import FVGError
 
 Source = str | os.PathLike[str] | Files
@@ -75,6 +76,7 @@ class Drawing:
         """The few-shot pictures of the wanted (else all) classes, as the heads and as the tuner see them."""
         pool = self.pool(data, self.crop_scale)
         _tell_few(pool, self.shots)
+        _tell_missing_masks(pool)
         drawn = few_shot_indices(pool.labels, self.shots, seed=self.seed)[0]
         keep = range(len(pool.classes)) if wanted is None else wanted
         train = tune = _only(pool.subset(drawn), keep).drop_unreadable()
@@ -93,6 +95,18 @@ def _tell_few(pool: Any, shots: int) -> None:
         warnings.warn(
             f"{len(few)} of {len(counts)} classes have fewer than {shots} training pictures (the fewest: "
             f"{counts[least]} of {pool.classes[least]!r}); all of theirs are taken.",
+            stacklevel=1,
+        )
+
+
+def _tell_missing_masks(pool: Any) -> None:
+    """Warns where some pictures have masks and others do not: these would train without a foreground, unseen."""
+    missing = pool.without_masks() if pool.has_masks else []
+    if missing:
+        warnings.warn(
+            f"{len(missing)} of {len(pool)} training pictures have no mask file: {listed(missing)}. They have no "
+            "foreground and train with r = 0, whatever foreground is chosen; write their masks (`fvg-adapter masks`), "
+            "or move the mask folder away to take all masks from elsewhere.",
             stacklevel=1,
         )
 

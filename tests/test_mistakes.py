@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import warnings
 from pathlib import Path
@@ -169,8 +170,29 @@ def test_more_shots_than_there_are_pictures_is_told(base: Path, data: Path) -> N
     assert "warning: " not in run("train", data, "--model", base, *QUICK, *options[:3], "--shots", "3").stderr
 
 
+def test_masks_that_are_missing_are_counted(base: Path, data: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(data, half)
+    gone = sorted((half / "mask" / "train").rglob("*.png"))[::4]
+    for mask in gone:
+        mask.unlink()
+    result = run("train", half, "--model", base, *QUICK, "--seeds", "1,2", "--no-controls", "--shots", "2")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("warning: ") == 1
+    assert f"{len(gone)} of 12 training pictures have no mask file: 'train/apple/" in result.stderr
+    assert "fvg-adapter masks" in result.stderr
+
+
 def test_a_learning_rate_that_is_never_used_is_told(base: Path, data: Path) -> None:
     result = run("train", data, "--model", base, *QUICK, "--seeds", "1", "--epochs", "1", "--lr", "5", "--no-controls")
     assert result.exit_code == 0, result.stderr
     assert "warning: --lr 5.0 is never used: the only epoch is the warm-up, at 1e-05" in result.stderr
     assert "tune-lr" not in result.stderr
+
+
+def test_debug_shows_the_log_up_to_the_mistake(base: Path, data: Path) -> None:
+    handlers = list(logging.getLogger("fvg_adapter").handlers)
+    told = run("train", data, "--model", base, *QUICK, "--seeds", "0", "--tuner-options", '{"n_ctx": 0}', "--debug")
+    assert told.exit_code == 2 and "n_ctx is 0" in told.stderr
+    assert "fvg_adapter.runs: seed 0: reading pictures" in told.stderr and "Traceback" in told.stderr
+    assert logging.getLogger("fvg_adapter").handlers == handlers

@@ -142,14 +142,6 @@ def test_the_log_is_the_standard_one_and_quiet_by_default(
     assert sum(line.startswith("epoch 3 of 3: loss ") for line in said) == 2  # from the bank, and by the Trainer
 
 
-def test_debug_shows_the_log() -> None:
-    handlers = list(logging.getLogger("fvg_adapter").handlers)
-    options = ["--model", str(POCKET / "model"), "--seeds", "0", "--tuner-options", '{"n_ct": 8}', "--debug"]
-    told = CliRunner().invoke(app, ["train", str(POCKET / "data"), *options])
-    assert "fvg_adapter.runs: seed 0: reading pictures" in told.stderr
-    assert logging.getLogger("fvg_adapter").handlers == handlers
-
-
 def test_long_work_shows_a_bar_on_a_terminal_only(
     small_clip: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

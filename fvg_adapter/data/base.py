@@ -159,6 +159,10 @@ class MaskedDataset(Dataset[dict[str, Any]], ABC):
         indices, new_labels = select_classes(self.labels, wanted)
         return self.subset(indices, new_labels, [self.classes[label] for label in wanted])
 
+    def without_masks(self) -> list[str]:
+        """Names of the samples without a mask; none where only decoding all would tell (a Hub data set)."""
+        return []
+
     def with_transform(self: Self, transform: Transform | None) -> Self:
         """The same samples under another transform."""
         other = copy.copy(self)

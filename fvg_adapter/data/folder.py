@@ -83,6 +83,10 @@ class MaskedImageFolder(MaskedDataset):
         mask = None if sample.mask is None else self._decoded(sample.mask, str(sample.mask), picture)
         return {"image": picture.image, "label": sample.label, "mask": mask, "path": str(sample.image)}
 
+    def without_masks(self) -> list[str]:
+        """Files of the pictures that have no mask file, below the root."""
+        return [str(sample.image.relative_to(self.root)) for sample in self.samples if sample.mask is None]
+
     def _path(self, index: int) -> str:
         return str(self.samples[index].image)
 
@@ -92,7 +96,7 @@ class MaskedImageFolder(MaskedDataset):
 
     def _find_masks(self, finder: MaskFinder, required: bool) -> None:
         self.samples = [replace(sample, mask=finder.find(sample.image)) for sample in self.samples]
-        missing = [sample.image.relative_to(self.root) for sample in self.samples if sample.mask is None]
+        missing = self.without_masks()
         if missing and required:
             trees = " and ".join(str(tree) for _, tree in finder.trees)
             raise DataFileError(
