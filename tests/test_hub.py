@@ -301,7 +301,7 @@ ERRORS = {
     "unknown revision": ["'me/x'", "at revision 'nowhere'", "Revision Not Found"],
     "private repo": ["'me/secret'", "401", "token="],
     "private base": ["base model 'me/secret-clip' could not be loaded", "clip="],
-    "not ours": ["config.json is no fvg_adapter config", "another library"],
+    "not ours": ["config.json is the config of a base model (model_type 'clip')", "not of an adapter", "--plain"],
     "nothing of ours": ["'me/notes'", "has no config.json", "push_to_hub"],
     "truncated": ["fvg_heads.safetensors is no whole safetensors file", "force_download=True"],
     "truncated in the cache": ["fvg_heads.safetensors is no whole safetensors file", "force_download=True"],

@@ -438,7 +438,7 @@ ERRORS = {
     "pickled": ["sha256"],
     "disguised": ["fvg_heads.safetensors", "but a pickle, which can run code", "not opened"],
     "only-pickle": ["has no config.json", "pickle files (pytorch_model.bin)", "never opened"],
-    "bert": ["is no fvg_adapter config", "another library"],
+    "bert": ["is the config of a base model (model_type 'bert')", "not of an adapter"],
     "peft": ["has no config.json", "PEFT adapter", "LoRA"],
     "gone": ["'me/gone'", "could not be loaded from the Hub", "connection"],
 }
