@@ -72,7 +72,7 @@ notebooks: $(VENV)/.installed
 	$(BIN)/python -m examples.notebooks.build
 
 test-low: $(VENV)-low/.installed
-	$(VENV)-low/bin/python -m pytest -W "ignore:The .device. argument is deprecated:FutureWarning"
+	$(VENV)-low/bin/python -m pytest -W 'ignore:The `device` argument is deprecated:FutureWarning'  # of FLAVA, in transformers 4.57
 
 # 12,000 hostile files for every loader; another seed draws others: make hostile SEED=7.
 SEED ?= 2
