@@ -393,6 +393,8 @@ def test_presets_are_run_named_and_never_mixed(data: Path, base: Path, tmp_path:
     for datasets in (pets, ("--datasets", "eurosat")):
         other = command(*start, *datasets, "--output", out)
         assert_mistake(other, "has figures of the preset 'plus', but 'paper' is wanted", "Give another --output")
+    few = command("reproduce", "few-shot", *start[2:], *pets, "--output", out, "--preset", "plus")
+    assert_mistake(few, "has figures of the protocol 'base-to-new', but 'few-shot' is wanted", "Give another --output")
     (out / "results.csv").rename(tmp_path / "aside.csv")
     other = command(*start, *pets, "--output", out, "--preset", "paper")
     assert_mistake(other, "was run with config.preset 'plus', but 'paper' is wanted", "Give another --output")

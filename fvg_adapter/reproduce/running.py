@@ -60,12 +60,14 @@ def run(plan: Plan, load: Load, *, processes: int = 1, progress: Callable[[str],
     """
     say = progress or (lambda line: None)
     if (plan.output / RESULTS).exists():
-        there = {figure.preset for figure in read_tidy(plan.output / RESULTS)} - {plan.config.preset}
-        if there:
-            raise FVGError(
-                f"{plan.output / RESULTS} has figures of the preset {min(there)!r}, but {plan.config.preset!r} is "
-                "wanted. Give another --output."
-            )
+        figures = read_tidy(plan.output / RESULTS)
+        for name, wanted in (("protocol", plan.protocol), ("preset", plan.config.preset)):
+            there = {getattr(figure, name) for figure in figures} - {wanted}
+            if there:
+                raise FVGError(
+                    f"{plan.output / RESULTS} has figures of the {name} {min(there)!r}, but {wanted!r} is wanted. "
+                    "Give another --output."
+                )
     outcome = Outcome()
     jobs: dict[str, list[Unit]] = {}
     for unit in plan.units():
