@@ -208,6 +208,20 @@ def test_ranks_by_layer_come_back(small_clip: CLIPModel, tokenizer: Any, pixels:
             load(folder, clip=plain, tokenizer=tokenizer)
 
 
+@pytest.mark.parametrize("layers", [0, [0], [0, 1], None])
+def test_adapters_in_some_layers_come_back(
+    layers: Any, small_clip: CLIPModel, tokenizer: Any, pixels: Tensor, tmp_path: Any
+) -> None:
+    twin = copy.deepcopy(small_clip)
+    config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=layers)
+    tuner = LoRA(shaken(get_peft_model(small_clip, config)), tokenizer, NAMES)
+    loaded = load(tuner.save_pretrained(tmp_path / "saved"), clip=twin, tokenizer=tokenizer)
+    close(loaded(pixels).logits, tuner(pixels).logits, 0)
+    assert [n for n, _ in twin.named_modules() if n.endswith("lora_A")] == [
+        n for n, _ in small_clip.named_modules() if n.endswith("lora_A")
+    ]
+
+
 def test_the_prior_needs_unmerged_weights(small_clip: CLIPModel, tokenizer: Any, pixels: Tensor) -> None:
     peft = shaken(get_peft_model(small_clip, LoraConfig(target_modules=r".*q_proj")))
     tuner = ZeroShot(peft, tokenizer, NAMES)
