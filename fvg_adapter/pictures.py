@@ -76,10 +76,11 @@ class Drawing:
         """The few-shot pictures of the wanted (else all) classes, as the heads and as the tuner see them."""
         pool = self.pool(data, self.crop_scale)
         _tell_few(pool, self.shots)
-        _tell_missing_masks(pool)
         drawn = few_shot_indices(pool.labels, self.shots, seed=self.seed)[0]
         keep = range(len(pool.classes)) if wanted is None else wanted
-        train = tune = _only(pool.subset(drawn), keep).drop_unreadable()
+        train = _only(pool.subset(drawn), keep)
+        _tell_missing_masks(train, self.seed)
+        train = tune = train.drop_unreadable()
         if self.tune_crop_scale is not None and self.tune_crop_scale != self.crop_scale:
             other = self.pool(data, self.tune_crop_scale)
             tune = _only(other.subset(drawn), keep).drop_unreadable()
@@ -99,14 +100,14 @@ def _tell_few(pool: Any, shots: int) -> None:
         )
 
 
-def _tell_missing_masks(pool: Any) -> None:
+def _tell_missing_masks(train: Any, seed: int) -> None:
     """Warns where some pictures have masks and others do not: these would train without a foreground, unseen."""
-    missing = pool.without_masks() if pool.has_masks else []
+    missing = train.without_masks() if train.has_masks else []
     if missing:
         warnings.warn(
-            f"{len(missing)} of {len(pool)} training pictures have no mask file: {listed(missing)}. They have no "
-            "foreground and train with r = 0, whatever foreground is chosen; write their masks (`fvg-adapter masks`), "
-            "or move the mask folder away to take all masks from elsewhere.",
+            f"seed {seed}: {len(missing)} of {len(train)} training pictures have no mask file: {listed(missing)}. They "
+            "have no foreground and train with r = 0, whatever foreground is chosen; write their masks (`fvg-adapter "
+            "masks`), or move the mask folder away to take all masks from elsewhere.",
             stacklevel=1,
         )
 

@@ -255,7 +255,6 @@ def _one_seed(run: Run, split: Split, seed: int, results: Results, folder: Path 
         plain.detach()
 
     torch.manual_seed(seed)
-    _check_options(run.tuner, run.options)
     try:
         tuner = run.tuner(run.clip, run.tokenizer, split.base_classes, **run.options)
     except TypeError as error:

@@ -204,11 +204,12 @@ def load_base(name: str, device: str) -> tuple[Any, Any]:
 
 def _adapter_of(config: Path) -> str | None:
     """The base model that a saved adapter's config names; None where it is no such config."""
-    from fvg_adapter import untrusted
+    from fvg_adapter.storage import FORMAT
+    from fvg_adapter.untrusted import read_json
 
     with contextlib.suppress(FVGError):
-        record = untrusted.read_json(config, "a config") if config.is_file() else {}
-        if record.get("format") == "fvg_adapter":
+        record = read_json(config, "a config") if config.is_file() else {}
+        if record.get("format") == FORMAT:
             base = record.get("base_model")
             base = base if isinstance(base, dict) else {}
             return printable(str(base.get("path") or base.get("id") or "which it does not name"))

@@ -119,13 +119,13 @@ def write_mask_files(
     """
     from fvg_adapter.launched import Processes
 
+    check_folder(output)
     shared = Processes.launched()
     place = prepare(device, threads)
     from fvg_adapter.data import MaskedImageFolder
     from fvg_adapter.mask_files import write_masks
     from fvg_adapter.mask_sheet import contact_sheet
 
-    check_folder(output)
     root = Path(data).expanduser()
     names = _splits(root, split)
     datasets = [MaskedImageFolder(root, name, masks="none") for name in names]
